@@ -1,0 +1,7 @@
+"""What stands between people's data and the model."""
+
+from .image_inputs import load_image
+from .mask_inputs import load_mask
+from .processing_argenseg import ARGenSegProcessor
+
+__all__ = ["ARGenSegProcessor", "load_image", "load_mask"]
