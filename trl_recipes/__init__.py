@@ -1,0 +1,1 @@
+"""Training recipes. Each script reads like those of TRL: `python -m trl_recipes.<name> --help`."""

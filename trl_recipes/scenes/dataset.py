@@ -1,0 +1,132 @@
+"""Composed scenes as map-style datasets: item i depends on the seed and i alone."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .bank import SceneBank
+from .compose import Scene, compose_scene
+from .config import SceneConfig
+from .expressions import sample_expressions
+from .view import Expression
+
+_MOST_REDRAWS = 20
+
+
+class SceneDataset(Dataset):
+    """`ds[i]` -> `{"image": PIL RGB, "expressions": [{"text", "kind", "missing", "mask"}, ...]}`.
+
+    `mask` is a bool array (H, W), all False for the kind "none". Every item has exactly `expressions_per_scene`
+    expressions, so that batches are even.
+
+    Args:
+        bank: a split's sprites and backgrounds.
+        config: see `SceneConfig`; where a schedule is given, it keeps everything but the number and sizes of objects.
+        seed: with the index it determines an item; no other state does.
+        length: number of scenes.
+        expressions_per_scene: expressions per scene.
+        schedule: a curriculum of (first index, preset name) pairs: index i uses the last pair that begins at or
+            before i, and `config` as it is before the first pair.
+
+    Raises:
+        ValueError: the schedule is not in ascending order or names an unknown preset.
+    """
+
+    def __init__(
+        self,
+        bank: SceneBank,
+        config: SceneConfig | None = None,
+        seed: int = 0,
+        length: int = 10_000,
+        expressions_per_scene: int = 4,
+        schedule: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        self.bank = bank
+        self.config = config or SceneConfig()
+        self.seed = seed
+        self.length = length
+        self.expressions_per_scene = expressions_per_scene
+        self._starts = [int(start) for start, _ in schedule]
+        if any(after <= before for before, after in pairwise(self._starts)):
+            raise ValueError(f"The schedule's first indices must ascend; got {self._starts}.")
+        self._configs = [self.config.with_preset(name) for _, name in schedule]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def config_at(self, index: int) -> SceneConfig:
+        """The configuration that item `index` is composed with."""
+        stage = bisect_right(self._starts, index) - 1
+        return self.config if stage < 0 else self._configs[stage]
+
+    def scene(self, index: int) -> tuple[Scene, list[Expression]]:
+        """The scene and its expressions before they become masks.
+
+        Raises:
+            IndexError: the index is not in [0, length).
+            ValueError: the bank cannot supply `expressions_per_scene` expressions.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"Index {index} is outside a dataset of {self.length} scenes.")
+        rng = np.random.default_rng([self.seed, index])
+        config = self.config_at(index)
+        for _ in range(_MOST_REDRAWS):
+            scene = compose_scene(self.bank, rng, config)
+            found = sample_expressions(scene, None, rng, self.expressions_per_scene)
+            if len(found) == self.expressions_per_scene:
+                return scene, found
+        raise ValueError(
+            f"No scene with {self.expressions_per_scene} different expressions came up in {_MOST_REDRAWS} tries; "
+            "lower expressions_per_scene or use a bank with more nouns."
+        )
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scene, found = self.scene(index)
+        return {"image": scene.image, "expressions": [_as_item(scene, one) for one in found]}
+
+
+class FlatExpressions(Dataset):
+    """One expression per item: `{"image", "text", "kind", "missing", "mask", "scene"}`; see `flat_expressions`."""
+
+    def __init__(self, dataset: SceneDataset, count: int) -> None:
+        per_scene = dataset.expressions_per_scene
+        if count > len(dataset) * per_scene:
+            raise ValueError(
+                f"{count} expressions need {-(-count // per_scene)} scenes, but the dataset has {len(dataset)}; "
+                "give it a larger length."
+            )
+        self.dataset = dataset
+        self.count = count
+        self._last: tuple[int, dict[str, Any]] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"Index {index} is outside a view of {self.count} expressions.")
+        number, place = divmod(index, self.dataset.expressions_per_scene)
+        # Neighbouring expressions share a scene: keep the last one instead of composing it again.
+        if self._last is None or self._last[0] != number:
+            self._last = (number, self.dataset[number])
+        item = self._last[1]
+        return {"image": item["image"], "scene": number, **item["expressions"][place]}
+
+
+def flat_expressions(dataset: SceneDataset, count: int) -> FlatExpressions:
+    """The dataset's first `count` expressions, one per item, for evaluation.
+
+    Raises:
+        ValueError: the dataset has fewer.
+    """
+    return FlatExpressions(dataset, count)
+
+
+def _as_item(scene: Scene, one: Expression) -> dict[str, Any]:
+    return {"text": one.text, "kind": one.kind, "missing": one.missing, "mask": scene.mask(one.object_ids)}
