@@ -313,7 +313,9 @@ class ARGenSegGenerationMixin(GenerationMixin):
     ) -> ARGenSegGenerateOutput | torch.Tensor:
         """Closes the gaps that waiting left in the columns, so that every row is a plain stream again."""
         batch, prompt = rows.running.shape[0], rows.prompt_length
-        answers = [row[keep] for row, keep in zip(rows.ids[:batch, prompt:], rows.mask[:batch, prompt:].bool())]
+        answers = [
+            row[keep] for row, keep in zip(rows.ids[:batch, prompt:], rows.mask[:batch, prompt:].bool(), strict=True)
+        ]
         answers = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id)
         sequences = torch.cat([rows.ids[:batch, rows.padding : prompt], answers], dim=1)
         if not generation_config.return_dict_in_generate:

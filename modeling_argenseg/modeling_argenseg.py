@@ -352,8 +352,12 @@ class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerati
         self, base: PreTrainedModel, head: torch.Tensor | None, visual_tokenizer: PreTrainedModel, first: int
     ) -> None:
         state = base.state_dict()
-        embedding_key = next(k for k in state if state[k] is base.get_input_embeddings().weight or
-                             state[k].data_ptr() == base.get_input_embeddings().weight.data_ptr())
+        embedding_key = next(
+            k
+            for k in state
+            if state[k] is base.get_input_embeddings().weight
+            or state[k].data_ptr() == base.get_input_embeddings().weight.data_ptr()
+        )
         state[embedding_key] = _with_mean_rows(state[embedding_key], first, self.lm_head.out_features)
         self.model.vlm.load_state_dict(state)
         if head is not None:
@@ -382,38 +386,45 @@ class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerati
             return F.linear(hidden_states, self.lm_head.weight[first : first + count])
         return self.lm_head(hidden_states)[..., first : first + count]
 
-    def picture_loss(self, losses: torch.Tensor, input_ids: torch.Tensor, is_visual: torch.Tensor) -> torch.Tensor:
-        """Mean of the per-label losses (B, L - 1) of visual labels: over tokens, or over tokens and then scales."""
-        if self.config.visual_loss == "token":
-            return losses[is_visual].mean()
-        order = torch.arange(self.config.picture_length, device=losses.device)
-        starts = torch.tensor(self.config.visual_tokenizer_config.scale_starts, device=losses.device)
-        scale_of = torch.bucketize(order, starts, right=True) - 1
+    def scale_of_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L): the scale (0-based) of every visual id of the stream, -1 for text."""
+        order = torch.arange(self.config.picture_length, device=input_ids.device)
+        starts = torch.tensor(self.config.visual_tokenizer_config.scale_starts, device=input_ids.device)
         scales = torch.full_like(input_ids, -1)
         rows, columns = self.model.find_pictures(input_ids)
-        scales[rows[:, None], columns[:, None] + 1 + order] = scale_of
-        scales = scales[:, 1:]
-        means = [losses[is_visual & (scales == s)].mean() for s in range(len(self.config.patch_nums))]
-        return torch.stack(means).mean()
+        scales[rows[:, None], columns[:, None] + 1 + order] = torch.bucketize(order, starts, right=True) - 1
+        return scales
 
     def split_loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, input_ids: torch.Tensor | None
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy of text labels and of visual labels, each over the whole vocabulary (as released).
 
-        Either is zero where the batch has no such label.
+        Either is zero where the batch has no such label. With `visual_loss="scale"` the visual mean is over the tokens
+        of each scale, then over the scales.
+
+        Args:
+            logits: (B, L, vocabulary), or (N, vocabulary) at the N positions that `keep` (B, L) marks.
         """
-        targets = labels[:, 1:]
-        losses = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
-        ).view_as(targets)
+        keep = torch.ones_like(labels, dtype=torch.bool) if keep is None else keep
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)[keep]
+        losses = F.cross_entropy(logits.float().flatten(0, -2), targets, ignore_index=-100, reduction="none")
         first = self.config.visual_token_offset
         is_visual = (targets >= first) & (targets < first + self.config.visual_vocab_size)
         is_text = (targets != -100) & ~is_visual
         zero = losses.sum() * 0.0
         text_loss = losses[is_text].mean() if bool(is_text.any()) else zero
-        visual_loss = self.picture_loss(losses, input_ids, is_visual) if bool(is_visual.any()) else zero
-        return text_loss, visual_loss
+        if not bool(is_visual.any()):
+            return text_loss, zero
+        if self.config.visual_loss == "token":
+            return text_loss, losses[is_visual].mean()
+        scales = F.pad(self.scale_of_tokens(input_ids)[:, 1:], (0, 1), value=-1)[keep]
+        means = [losses[is_visual & (scales == scale)].mean() for scale in range(len(self.config.patch_nums))]
+        return text_loss, torch.stack(means).mean()
 
     def forward(
         self,
@@ -435,6 +446,8 @@ class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerati
             input_ids: stream (B, L); a picture is `<gen_start>` and T visual ids.
             pixel_values: images as the processor makes them, one for each image in the prompts, in order.
             labels: stream (B, L) with -100 where nothing is to be learned; shifted here.
+            logits_to_keep: as in transformers. With labels, all positions or a bool mask (B, L): the head then runs
+                at the marked positions only, logits are (N, vocabulary), and the loss is over those.
 
         Raises:
             ValueError: a picture in the stream is not whole, or placeholders and images do not match.
@@ -452,7 +465,8 @@ class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerati
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = text_loss = visual_loss = None
         if labels is not None:
-            text_loss, visual_loss = self.split_loss(logits, labels, input_ids)
+            keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
+            text_loss, visual_loss = self.split_loss(logits, labels, input_ids, keep)
             loss = text_loss + self.config.visual_loss_weight * visual_loss
         result = ARGenSegCausalLMOutputWithPast(
             loss=loss,

@@ -71,11 +71,7 @@ class MultiScaleQuantizer(nn.Module):
     def nearest(self, rest_NC: torch.Tensor, scale: int) -> torch.Tensor:
         """Codebook indices (N,) of residual vectors (N, D): least squared distance plus the rate term, if any."""
         codebook = self.embedding.weight
-        distance_NV = (
-            rest_NC.square().sum(1, keepdim=True)
-            + codebook.square().sum(1)
-            - 2 * rest_NC @ codebook.T
-        )
+        distance_NV = rest_NC.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rest_NC @ codebook.T
         if self.rate_weight > 0:
             hits = self.ema_vocab_hit_SV[scale] + 1e-3
             distance_NV = distance_NV - self.rate_weight * (hits / hits.sum()).log()
@@ -227,9 +223,7 @@ class Level(nn.Module):
 
     def __init__(self, config: VARTokenizerConfig, channels: list[int], attention: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResnetBlock(config, a, b) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
         self.attn = nn.ModuleList(AttentionBlock(config, c) for c in channels[1:] if attention)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
@@ -287,7 +281,8 @@ class Decoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(config, widths[-1])
-        levels, channels = [], widths[-1]
+        levels: list[Level] = []
+        channels = widths[-1]
         for i, width in reversed(list(enumerate(widths))):
             last = i == len(widths) - 1
             level = Level(config, [channels] + [width] * (config.num_res_blocks + 1), config.use_attention and last)
@@ -386,27 +381,46 @@ class VARTokenizer(PreTrainedModel):
         """Visual tokens (B, T) to the teacher-forcing features of scales 2..K (B, T - 1, D)."""
         return self.quantize.next_scale_inputs(visual_ids)
 
-    def forward(self, pixel_values: torch.Tensor, num_scales: int | None = None, **kwargs) -> VARTokenizerOutput:
-        """Reconstruction and training loss: L1 + L2 of the picture, plus VAR's VQ loss averaged over the scales.
+    def quantize_straight_through(
+        self, f_BDhw: torch.Tensor, num_scales: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The quantised latent with the gradient of the latent itself, the VQ loss, and the visual tokens."""
+        visual_ids = self.quantize.encode(f_BDhw)
+        if self.training and self.quantize.embedding.weight.requires_grad:  # usage decides codes: frozen with them
+            self.quantize.record_usage(visual_ids)
+        f_hats = list(self.quantize.accumulate(visual_ids))[:num_scales]
+        codebook_loss = torch.stack([F.mse_loss(f, f_BDhw.detach()) for f in f_hats]).mean()
+        commitment = F.mse_loss(f_hats[-1].detach(), f_BDhw)
+        vq_loss = codebook_loss + self.config.commitment_weight * commitment
+        return f_BDhw + (f_hats[-1] - f_BDhw).detach(), vq_loss, visual_ids
+
+    def forward(
+        self, pixel_values: torch.Tensor, num_scales: int | None = None, masks: bool = False, **kwargs
+    ) -> VARTokenizerOutput:
+        """Reconstruction and training loss.
 
         Args:
             pixel_values: pictures (B, 3, H, W) in [-1, 1].
             num_scales: reconstruct from the first `num_scales` scales only, so that coarse scales learn to say what
-                they can (quantiser drop-out); None for all.
+                they can (quantiser drop-out); 0 leaves the quantiser out (a plain autoencoder, to begin with); None
+                for all scales.
+            masks: the pictures are black and white: twice the cross-entropy of "white", with 4 x as logit of x in
+                [-1, 1], instead of L1 + L2.
+
+        The VQ loss is VAR's, but that the latent commits to the last f_hat alone: committing to the coarse ones, as
+        VAR does, would wash out detail in a small model.
         """
         f_BDhw = self.latent(pixel_values).float()
-        visual_ids = self.quantize.encode(f_BDhw)
-        f_hats = list(self.quantize.accumulate(visual_ids))[:num_scales]
-        beta = self.config.commitment_weight
-        vq_loss = sum(F.mse_loss(f, f_BDhw.detach()) + beta * F.mse_loss(f.detach(), f_BDhw) for f in f_hats)
-        vq_loss = vq_loss / len(f_hats)
-        straight_through = f_BDhw + (f_hats[-1] - f_BDhw).detach()
-        reconstruction = self.decode_latent(straight_through)
-        loss = F.l1_loss(reconstruction, pixel_values) + F.mse_loss(reconstruction, pixel_values) + vq_loss
-        if self.training:
-            self.quantize.record_usage(visual_ids)
+        visual_ids, vq_loss = None, f_BDhw.new_zeros(())
+        if num_scales != 0:
+            f_BDhw, vq_loss, visual_ids = self.quantize_straight_through(f_BDhw, num_scales)
+        picture = self.decode_latent(f_BDhw).float()
+        if masks:
+            loss = 2 * F.binary_cross_entropy_with_logits(4 * picture, (pixel_values + 1) / 2)
+        else:
+            loss = F.l1_loss(picture, pixel_values) + F.mse_loss(picture, pixel_values)
         return VARTokenizerOutput(
-            loss=loss, reconstruction=reconstruction.clamp(-1, 1), visual_ids=visual_ids, vq_loss=vq_loss
+            loss=loss + vq_loss, reconstruction=picture.clamp(-1, 1), visual_ids=visual_ids, vq_loss=vq_loss
         )
 
 

@@ -98,7 +98,7 @@ class EfficientNetLiteConv2d(nn.Conv2d):
         total = max(kernel - stride, 0)
         super().__init__(channels_in, channels_out, kernel, stride, padding=0, groups=groups, bias=True)
         self.act = act
-        self.same_padding = (total // 2, total - total // 2) * 2
+        self.same_padding: tuple[int, ...] | None = (total // 2, total - total // 2) * 2
         if stride == 1:  # symmetric: the convolution pads by itself
             self.padding, self.same_padding = (total // 2, total // 2), None
 
@@ -183,7 +183,7 @@ class EfficientNetLiteVisionPreTrainedModel(InternVLVisionPreTrainedModel):
 
 
 class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
-    """Trunk, layer norm and linear projection of the concatenated features, position embeddings, transformer layers, layer norm.
+    """Trunk, layer norm and linear projection of its features, position embeddings, transformer layers, layer norm.
 
     With `config.freeze_trunk` the trunk always runs under `torch.no_grad` and stays in evaluation mode, and its
     parameters are marked as not trainable at construction and on every `train()` / `eval()` (so after
@@ -192,7 +192,7 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
 
     def __init__(self, config: EfficientNetLiteVisionConfig):
         super().__init__(config)
-        self.grid_size = tuple(size // patch for size, patch in zip(config.image_size, config.patch_size))
+        self.grid_size = tuple(size // patch for size, patch in zip(config.image_size, config.patch_size, strict=True))
         self.trunk = EfficientNetLiteTrunk(config)
         # the pretrained features are large (standard deviation 3 to 7): unscaled they would drown the positions
         self.feature_norm = nn.LayerNorm(sum(self.trunk.out_channels), eps=config.layer_norm_eps)

@@ -36,7 +36,7 @@ def collect_contents(conversations: list[list[dict]]) -> tuple[list[list], list[
     """
     image_rows, mask_rows = [], []
     for conversation in conversations:
-        rows = {"image": [], "mask": []}
+        rows: dict[str, list] = {"image": [], "mask": []}
         for message in conversation:
             content = message.get("content")
             for block in content if isinstance(content, list) else []:

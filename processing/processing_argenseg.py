@@ -109,7 +109,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
         def find(name: str, *defaults: str) -> str:
             for token in (getattr(tokenizer, name, None), *defaults):
-                if token in vocabulary:
+                if token is not None and token in vocabulary:
                     return token
             raise ValueError(f"the tokenizer has no {name}; pass extra_special_tokens={{'{name}': '{defaults[0]}'}}")
 
@@ -300,7 +300,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         for row in text:
             pieces, row_offsets, read, written = [], [], 0, 0
             for match in re.finditer(pattern, row):
-                replacement = next(replacements[match.lastgroup])
+                replacement = next(replacements[match.lastgroup or ""])
                 before = row[read : match.start()]
                 start = written + len(before)
                 read, written = match.end(), start + len(replacement)

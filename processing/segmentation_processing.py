@@ -155,7 +155,7 @@ def _sizes(target_sizes: Any, count: int) -> list[tuple[int, int] | None]:
         return [None] * count
     if len(target_sizes) != count:
         raise ValueError(f"target_sizes needs {count} pairs (height, width), one each; got {len(target_sizes)}")
-    sizes = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
+    sizes: list = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
     if any(size is not None and (len(size) != 2 or min(size) < 1) for size in sizes):
         raise ValueError(f"target_sizes must be pairs (height, width) of at least 1; got {sizes}")
     return sizes

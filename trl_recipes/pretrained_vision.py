@@ -61,7 +61,8 @@ def convert_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def fold(state: dict[str, torch.Tensor], conv: str, norm: str, target: str) -> dict[str, torch.Tensor]:
     """One convolution (C_out, C_in, k, k) without bias and its batch norm (C_out,) as one convolution with bias.
 
-    norm(conv(x)) = g (w * x - mean) / sqrt(var + eps) + b, hence weight w s and bias b - mean s, s = g / sqrt(var + eps).
+    norm(conv(x)) = g (w * x - mean) / sqrt(var + eps) + b, hence weight w s and bias b - mean s with
+    s = g / sqrt(var + eps).
     """
     names = (f"{conv}.weight", f"{norm}.weight", f"{norm}.bias", f"{norm}.running_mean", f"{norm}.running_var")
     weight, gain, bias, mean, var = (state[name].double() for name in names)

@@ -214,5 +214,5 @@ def test_pretrained_trunk_equals_reference():
         with torch.no_grad():
             reference.extract_features(images)
             features = model.trunk(images)
-        for name, actual in zip(("fine", "coarse"), features):
+        for name, actual in zip(("fine", "coarse"), features, strict=True):
             assert (actual - kept[name]).abs().max() < 1e-3 * kept[name].abs().max(), name

@@ -1,0 +1,116 @@
+"""A model of toy size that has really learned one photograph: it draws what is there and says so of what is not.
+
+No weight is rigged and no logits are forced, so that the program is tested on the path that a user takes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import GotOcr2ImageProcessorPil
+
+from modeling_argenseg import ARGenSegForConditionalGeneration
+from processing import ARGenSegProcessor
+from trl_recipes.text_tokenizer import train_text_tokenizer
+
+SIZE = (60, 40)  # width and height of the photograph
+REQUESTS = ["the left square", "the ball on the right"]
+ABSENT = {"the whale": "There is no whale.", "the plane": "There is no plane."}
+
+
+def photograph() -> Image.Image:
+    pixels = np.full((SIZE[1], SIZE[0], 3), 200, np.uint8)
+    pixels[true_masks()[0]] = (200, 30, 30)
+    pixels[true_masks()[1]] = (30, 30, 200)
+    return Image.fromarray(pixels)
+
+
+def true_masks() -> list[np.ndarray]:
+    y, x = np.mgrid[: SIZE[1], : SIZE[0]]
+    square = (x > 5) & (x < 25) & (y > 10) & (y < 30)
+    return [square, np.hypot(x - 45, y - 20) < 11]
+
+
+def build() -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
+    """Random weights; images of 28 px, pictures of 4 scales."""
+    words = [*REQUESTS, *ABSENT, *ABSENT.values(), "Please segment in this image. Sure, the segmentation result: ."]
+    visual_tokenizer = tiny.visual_tokenizer()
+    text_tokenizer = train_text_tokenizer(words, 340, tiny.CODES, context=256)
+    side = {"height": tiny.IMAGE_PIXELS, "width": tiny.IMAGE_PIXELS}
+    processor = ARGenSegProcessor(
+        GotOcr2ImageProcessorPil(size=side), text_tokenizer, visual_tokenizer, image_seq_length=tiny.IMAGE_TOKENS
+    )
+    text = tiny.text_config(
+        vocab_size=len(text_tokenizer),
+        pad_token_id=text_tokenizer.pad_token_id,
+        eos_token_id=text_tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    config = tiny.config(
+        tiny.internvl_config(text, image_token_id=processor.image_token_id),
+        gen_start_token_id=processor.gen_start_token_id,
+        gen_end_token_id=processor.gen_end_token_id,
+        visual_token_offset=processor.visual_token_offset,
+    )
+    model = ARGenSegForConditionalGeneration(config)
+    model.set_visual_tokenizer(visual_tokenizer)
+    model.generation_config.update(
+        eos_token_id=text_tokenizer.eos_token_id, pad_token_id=text_tokenizer.pad_token_id, max_new_tokens=32
+    )
+    return model, processor
+
+
+def lessons(processor: ARGenSegProcessor) -> dict[str, torch.Tensor]:
+    """The photograph with every request and its answer, as one batch; labels on what the assistant says."""
+    image = photograph()
+    chats: list[Any] = []
+    for prompt, mask in zip(REQUESTS, true_masks(), strict=True):
+        chats.append(processor.build_segmentation_conversation(image, prompt, mask))
+    for prompt, answer in ABSENT.items():
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        chats.append([*processor.build_segmentation_conversation(image, prompt), said])
+    batch = processor.apply_chat_template(chats, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    spoken = torch.as_tensor(batch.pop("assistant_masks")).bool()
+    return {**batch, "labels": batch["input_ids"].masked_fill(~spoken, -100)}
+
+
+def learn(model: ARGenSegForConditionalGeneration, batch: dict[str, torch.Tensor], enough: float = 0.02) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    for _ in range(400):
+        loss = model(**batch).loss
+        if loss < enough:
+            return
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    raise AssertionError(f"the toy model did not learn its photograph: the loss is still {loss.item():.3f}")
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model and its processor, saved like any other."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("toy")
+    model, processor = build()
+    learn(model, lessons(processor))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "toy.png"
+    photograph().save(path)
+    return path
+
+
+@pytest.fixture
+def toy_masks() -> list[np.ndarray]:
+    """The true masks of the first and second request, (40, 60) bool."""
+    return true_masks()

@@ -1,0 +1,278 @@
+"""Options and outputs of generation: text, sampling, guidance, what is returned and what is refused."""
+
+import pytest
+import tiny
+import torch
+from tiny import (
+    CAT,
+    CODES,
+    DOG,
+    DONE,
+    EOS,
+    FIRST_VISUAL,
+    GEN_END,
+    GEN_START,
+    IMAGE,
+    PAD,
+    PROMPTS,
+    SIDES,
+    SURE,
+    TEXTS,
+    T,
+    answers,
+    drawn,
+    generate,
+    images_of,
+    left_padded,
+    starts_of,
+    stream,
+    visual_logits,
+)
+from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from modeling_argenseg import ARGenSegGenerateOutput
+
+SIZES = [side * side for side in SIDES]
+both_attentions = pytest.mark.parametrize("scale_attention", ["causal", "block"])
+
+
+class TestText:
+    @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}, {"do_sample": True, "top_p": 0.3}])
+    def test_visual_ids_are_never_text(self, options):
+        """The visual rows of the head outshout all words; the text must still be text, sampled or not."""
+        net = tiny.model()
+        with torch.no_grad():
+            net.lm_head.weight[FIRST_VISUAL : FIRST_VISUAL + CODES] *= 30
+        prompts = left_padded(PROMPTS[1:3])
+        assert drawn(net(**prompts).logits[:, -1].argmax(-1).tolist())
+        out = net.generate(**prompts, max_new_tokens=20, eos_token_id=None, **options)
+        net.model.find_pictures(out)  # raises if a visual id stands outside a picture
+        text = [[t for t in row[3:].tolist() if not drawn([t])] for row in out]
+        assert all(len(row) >= 20 and GEN_END not in row for row in text)
+
+    def test_gen_end_is_never_text(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        logits = net(**prompt).logits[0, -1].detach().clone()
+        logits[GEN_END : FIRST_VISUAL + CODES] = -torch.inf
+        best = int(logits.argmax())
+        with torch.no_grad():
+            net.lm_head.weight[GEN_END] = 10 * net.lm_head.weight[best]
+        assert net(**prompt).logits[0, -1].argmax() == GEN_END
+        assert net.generate(**prompt, max_new_tokens=1, do_sample=False)[0, 2] == best
+
+    def test_sampled_text(self):
+        net, prompt = tiny.model(), left_padded(PROMPTS[1:3])
+        greedy = net.generate(**prompt, max_new_tokens=8, do_sample=False)
+        assert torch.equal(net.generate(**prompt, max_new_tokens=8, do_sample=True, top_k=1), greedy)
+        runs = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            runs.append(net.generate(**prompt, max_new_tokens=8, do_sample=True, temperature=2.0, eos_token_id=None))
+        assert torch.equal(runs[0], runs[1])
+        assert runs[0].shape != runs[2].shape or not torch.equal(runs[0], runs[2])
+
+    def test_streamer_gets_text_only(self):
+        class Collect(BaseStreamer):
+            def __init__(self):
+                self.chunks, self.ended = [], 0
+
+            def put(self, value):
+                self.chunks.append(value.flatten().tolist())
+
+            def end(self):
+                self.ended += 1
+
+        streamer = Collect()
+        generate(tiny.model(), left_padded([PROMPTS[1]]), [SURE, GEN_START, DONE], streamer=streamer)
+        assert streamer.chunks == [PROMPTS[1][0].tolist(), [SURE], [GEN_START], [DONE], [EOS]] and streamer.ended == 1
+
+
+class TestSampledPictures:
+    def test_seeds(self):
+        net, runs = tiny.model(), []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            out = generate(net, left_padded([PROMPTS[1]]), [GEN_START], picture_do_sample=True)
+            runs.append(drawn(out.sequences[0].tolist()))
+        assert runs[0] == runs[1] != runs[2] and len(runs[2]) == T
+
+    @pytest.mark.parametrize("limit", [{"picture_top_k": 1}, {"picture_top_p": 1e-6}, {"picture_temperature": 1e-4}])
+    def test_the_narrowest_sampling_is_greedy(self, limit):
+        net, prompts = tiny.model(), left_padded(PROMPTS[1:3])
+        texts = ([GEN_START], [SURE, GEN_START])
+        greedy = generate(net, prompts, *texts).sequences
+        sampled = generate(net, prompts, *texts, picture_do_sample=True, **limit).sequences
+        assert torch.equal(sampled, greedy)
+        assert not torch.equal(generate(net, prompts, *texts, picture_do_sample=True).sequences, greedy)
+
+    @pytest.mark.parametrize("options", [{}, {"picture_temperature": 3.0}, {"picture_top_k": 3}])
+    def test_frequencies_are_the_softmax(self, options):
+        net, count = tiny.model(num_scales=1), 4000
+        prompt = stream(CAT, DOG, GEN_START)
+        logits = net(prompt).logits[0, -1, FIRST_VISUAL : FIRST_VISUAL + CODES].detach()
+        logits = logits / options.get("picture_temperature", 1.0)
+        lowest = logits.topk(options.get("picture_top_k", CODES)).values[-1]
+        expected = logits.masked_fill(logits < lowest, -torch.inf).softmax(-1)
+        out = net.generate(
+            prompt.expand(count, -1), picture_do_sample=True, max_new_tokens=1, do_sample=False, **options
+        )
+        frequency = torch.bincount(out[:, 3] - FIRST_VISUAL, minlength=CODES) / count
+        assert (frequency - expected).abs().sum() / 2 < 0.05 and expected.max() < 0.9
+
+    def test_several_answers_with_several_images_each(self):
+        net = tiny.model()
+        prompts = [stream(IMAGE, CAT, IMAGE), stream(IMAGE, DOG, DOG, IMAGE)]
+        images = tiny.images(4)
+        options = {"do_sample": True, "num_return_sequences": 2}  # a script leaves one word to sample from
+        texts = [[SURE, GEN_START], [GEN_START, DONE]]
+        out = generate(
+            net, left_padded(prompts), texts[0], texts[0], texts[1], texts[1], pixel_values=images, **options
+        )
+        rows = answers(out.sequences, 4)
+        assert rows[0] == rows[1] and rows[2] == rows[3] and len(out.picture_scores) == 4
+        for row in range(2):
+            own = images[2 * row : 2 * row + 2]
+            alone = generate(net, left_padded([prompts[row]]), texts[row], pixel_values=own)
+            assert answers(alone.sequences, prompts[row].shape[1]) == [rows[2 * row]]
+        sampled = generate(
+            net,
+            left_padded(prompts[:1]),
+            texts[0],
+            texts[0],
+            pixel_values=images[:2],
+            picture_do_sample=True,
+            **options,
+        )
+        assert not torch.equal(sampled.sequences[0], sampled.sequences[1])
+
+
+class TestGuidance:
+    NEGATIVE = left_padded([stream(6, 5)])
+    GIVEN = {"negative_input_ids": NEGATIVE["input_ids"], "negative_attention_mask": NEGATIVE["attention_mask"]}
+
+    def test_zero_is_off(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        plain = generate(net, prompt, [SURE, GEN_START, DONE])
+        off = generate(net, prompt, [SURE, GEN_START, DONE], picture_guidance_scale=0.0, **self.GIVEN)
+        assert torch.equal(plain.sequences, off.sequences) and plain.picture_scores == off.picture_scores
+
+    def test_needs_negative_prompts(self):
+        with pytest.raises(ValueError, match="pass negative_input_ids"):
+            generate(tiny.model(), left_padded([PROMPTS[1]]), [GEN_START], picture_guidance_scale=2.0)
+
+    @both_attentions
+    @pytest.mark.parametrize("negative", [stream(6), stream(6, 5, 7, 8, 9, 6, 5, 7)], ids=["shorter", "longer"])
+    @pytest.mark.parametrize("prefilled", [False, True])
+    def test_guided_logits_by_teacher_forcing(self, scale_attention, negative, prefilled):
+        net, prompt, text = tiny.model(scale_attention=scale_attention), PROMPTS[0], [SURE, GEN_START, DONE]
+        if prefilled:
+            begun = stream(*text[:2])
+            prompt, negative, text = torch.cat([prompt, begun], 1), torch.cat([negative, begun], 1), text[2:]
+        out = generate(
+            net, left_padded([prompt]), text, **images_of(0), picture_guidance_scale=3.0, negative_input_ids=negative
+        )
+        assert out.sequences.shape[0] == 1
+        assert torch.equal(out.sequences[:, : prompt.shape[1]], prompt)
+        sequence, length = out.sequences[0], prompt.shape[1]
+        (start,) = starts_of(sequence)
+        conditional = visual_logits(net, sequence, start, **images_of(0))
+        other = torch.cat([negative[0], sequence[length:]])
+        unconditional = visual_logits(net, other, start - length + negative.shape[1])
+        t = (3.0 * torch.arange(4) / 3).repeat_interleave(torch.tensor(SIZES))[:, None]
+        guided = (1 + t) * conditional - t * unconditional
+        ids = sequence[start + 1 : start + 1 + T] - FIRST_VISUAL
+        assert torch.equal(guided.argmax(-1), ids) and not torch.equal(conditional.argmax(-1), ids)
+        logprobs = guided.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        torch.testing.assert_close(out.picture_token_logprobs[0][0], logprobs, atol=5e-4, rtol=1e-3)
+
+    def test_ragged_batch_equals_single_rows(self):
+        net, prompts, texts = tiny.model(), PROMPTS[:3], TEXTS[:3]
+        negatives = [stream(6, 5, 7, 8, 9, 6, 5), stream(7), stream(8, 8)]
+        both = left_padded(negatives)
+        out = generate(
+            net, left_padded(prompts), *texts, **images_of(0), picture_guidance_scale=2.0,
+            negative_input_ids=both["input_ids"], negative_attention_mask=both["attention_mask"],
+        )  # fmt: skip
+        together = answers(out.sequences, 5)
+        for row in range(3):
+            alone = generate(
+                net, left_padded([prompts[row]]), texts[row], **images_of(row), picture_guidance_scale=2.0,
+                negative_input_ids=negatives[row],
+            )  # fmt: skip
+            assert answers(alone.sequences, prompts[row].shape[1]) == [together[row]]
+        plain = generate(net, left_padded(prompts), *texts, **images_of(0))
+        assert not torch.equal(out.sequences, plain.sequences)
+
+    def test_options_may_come_in_a_generation_config(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        options = {"picture_guidance_scale": 3.0, "max_new_tokens": 12, "do_sample": False}
+        given = generate(net, prompt, [GEN_START], **options, **self.GIVEN)
+        config = GenerationConfig(**options, pad_token_id=PAD, eos_token_id=EOS, return_dict_in_generate=True)
+        script = [tiny.Script(2, [GEN_START])]
+        held = net.generate(**prompt, **self.GIVEN, generation_config=config, logits_processor=script)
+        assert torch.equal(given.sequences, held.sequences)
+        net.generation_config.picture_guidance_scale = 3.0
+        assert torch.equal(generate(net, prompt, [GEN_START], **self.GIVEN).sequences, given.sequences)
+        plain = generate(net, prompt, [GEN_START], picture_guidance_scale=0.0)  # a call overrides the model
+        assert not torch.equal(plain.sequences, given.sequences)
+
+
+class TestOutputs:
+    def test_fields(self):
+        net, prompts = tiny.model(), left_padded(PROMPTS[1:3])
+        out = generate(net, prompts, TEXTS[1], TEXTS[2], output_scores=True, output_logits=True)
+        assert isinstance(out, ARGenSegGenerateOutput)
+        assert len(out.scores) == len(out.logits) == 10  # five until row 1 ends, three to the second picture, two
+        assert all(step.shape == (2, tiny.VOCAB) for step in out.scores + out.logits)
+        assert [len(row) for row in out.picture_scores] == [2, 0]
+        assert [[one.shape for one in row] for row in out.picture_token_logprobs] == [[(T,), (T,)], []]
+        for score, logprobs in zip(out.picture_scores[0], out.picture_token_logprobs[0], strict=True):
+            means = [scale.mean() for scale in logprobs.split(SIZES)]
+            assert score == pytest.approx(torch.stack(means).mean().exp().item())
+            assert 0 < score < 1
+        plain = generate(net, prompts, TEXTS[1], TEXTS[2])
+        assert plain.scores is None and plain.logits is None
+        bare = generate(net, prompts, TEXTS[1], TEXTS[2], return_dict_in_generate=False)
+        assert isinstance(bare, torch.Tensor) and torch.equal(bare, out.sequences)
+
+    def test_a_certain_picture_scores_one(self):
+        net = tiny.model()
+        with torch.no_grad():
+            net.lm_head.weight[FIRST_VISUAL : FIRST_VISUAL + CODES] *= 1000
+        out = generate(net, left_padded([PROMPTS[1]]), [GEN_START])
+        assert out.picture_scores[0][0] == pytest.approx(1.0, abs=1e-2)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"use_cache": False}, "leave use_cache=True"),
+            ({"num_beams": 2}, "only supports"),
+            ({"synced_gpus": True}, "synced_gpus"),
+            ({"output_attentions": True}, "does not collect"),
+            ({"output_hidden_states": True}, "does not collect"),
+            ({"cache_implementation": "static"}, "static cache"),
+        ],
+    )
+    def test_what_is_not_supported_is_said(self, options, message):
+        net = tiny.model(attention="eager")
+        with pytest.raises(ValueError, match=message):
+            generate(net, left_padded([PROMPTS[1]]), [GEN_START], **options)
+
+    def test_nothing_is_kept_between_calls(self, tmp_path):
+        net, prompts = tiny.model(), left_padded(PROMPTS)
+        own = [net, net.model, net.model.quantizer, net.model.generation_projector]
+        before = [set(vars(module)) for module in own]
+        config, generation_config = net.config.to_dict(), net.generation_config.to_dict()
+        options = {"picture_top_k": 5, "picture_temperature": 0.7}
+        first = generate(net, prompts, *TEXTS, **images_of(0, 3), **options)
+        second = generate(net, prompts, *TEXTS, **images_of(0, 3))
+        assert torch.equal(first.sequences, second.sequences) and first.picture_scores == second.picture_scores
+        assert [set(vars(module)) for module in own] == before
+        assert net.config.to_dict() == config and net.generation_config.to_dict() == generation_config
+        net.save_pretrained(tmp_path)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        third = generate(loaded, prompts, *TEXTS, **images_of(0, 3))
+        assert torch.equal(first.sequences, third.sequences)
+        ids = first.sequences
+        net.train()(ids, labels=ids, pixel_values=tiny.images(2)).loss.backward()  # nothing left in inference mode

@@ -1,0 +1,208 @@
+"""The multi-scale VQ-VAE: against the official numbers, and its behaviour at toy size."""
+
+import pytest
+import torch
+from tiny import CODES, SIDES, T, tokenizer_config, visual_tokenizer
+from torch.nn import functional as F
+from transformers import AutoModel
+
+from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
+from modeling_argenseg.var_tokenizer import SharedPhi
+
+
+def square(count: int = 2, size: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_phi_table_of_ten_scales():
+    assert SharedPhi.nearest_ticks(10, 4) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_default_config_is_the_released_one():
+    config = VARTokenizerConfig()
+    assert config.num_tokens == 680
+    assert config.scale_starts == [0, 1, 5, 14, 30, 55, 91, 155, 255, 424]
+
+
+class TestGolden:
+    @pytest.fixture
+    def pixels(self, golden):
+        return (golden["vae/image_u8"].float() * 2 / 255 - 1).permute(2, 0, 1)[None]
+
+    def test_latent_and_ids(self, golden, golden_tokenizer, pixels):
+        with torch.no_grad():
+            latent = golden_tokenizer.latent(pixels)
+        torch.testing.assert_close(latent, golden["vae/encoder_f"], atol=1e-4, rtol=0)
+        assert torch.equal(golden_tokenizer.encode(pixels), golden["vae/ids"])
+
+    def test_masks_of_the_training_sample(self, golden, golden_tokenizer):
+        pixels = (golden["train/masks_u8"].float() * 2 / 255 - 1)[:, None].expand(-1, 3, -1, -1)
+        assert torch.equal(golden_tokenizer.encode(pixels), golden["train/mask_token_ids"])
+
+    def test_f_hats_and_reconstruction(self, golden, golden_tokenizer):
+        ids = golden["vae/ids"]
+        f_hats = torch.cat(list(golden_tokenizer.quantize.accumulate(ids)))
+        torch.testing.assert_close(f_hats, golden["vae/f_hats"], atol=1e-4, rtol=0)
+        picture = golden_tokenizer.decode(ids)
+        torch.testing.assert_close(picture, golden["vae/recon_last"].float(), atol=1e-3, rtol=0)
+
+    @pytest.mark.parametrize("ids, inputs", [("vae/ids", "vae/var_input"), ("train/mask_token_ids", "train/var_input")])
+    def test_teacher_forcing_inputs(self, golden, golden_tokenizer, ids, inputs):
+        features = golden_tokenizer.next_scale_inputs(golden[ids])
+        torch.testing.assert_close(features, golden[inputs], atol=1e-4, rtol=0)
+
+
+def test_encode_then_decode_shapes_and_one_decoder_pass():
+    model = visual_tokenizer()
+    passes = []
+    model.decoder.register_forward_hook(lambda module, args, output: passes.append(output.shape))
+    ids = model.encode(square(3))
+    assert ids.shape == (3, T) and ids.unique().numel() > CODES // 4 and not passes
+    picture = model.decode(ids)
+    assert picture.shape == (3, 3, 16, 16) and len(passes) == 1
+    assert picture.min() >= -1 and picture.max() <= 1 and picture.std() > 0.01
+
+
+def test_decode_scales_is_decode_of_each_prefix():
+    model = visual_tokenizer()
+    ids = model.encode(square(2))
+    pictures = model.decode_scales(ids)
+    assert pictures.shape == (2, len(SIDES), 3, 16, 16)
+    ends = torch.tensor(SIDES).square().cumsum(0).tolist()
+    for scale, end in enumerate(ends):
+        torch.testing.assert_close(pictures[:, scale], model.decode(ids[:, :end]))
+    torch.testing.assert_close(model.decode_scales(ids[:, : ends[1]]), pictures[:, :2])
+    assert (pictures[:, -1] - pictures[:, 0]).abs().max() > 0.01
+
+
+def test_next_scale_inputs_are_area_resized_f_hats():
+    model = visual_tokenizer()
+    ids = model.encode(square(2))
+    f_hats = list(model.quantize.accumulate(ids))
+    by_hand = [F.adaptive_avg_pool2d(f, side).flatten(2).mT for f, side in zip(f_hats, SIDES[1:], strict=False)]
+    torch.testing.assert_close(model.next_scale_inputs(ids), torch.cat(by_hand, dim=1))
+    assert model.next_scale_inputs(ids[:, :1]).shape == (2, 0, 8)
+    assert torch.equal(model.next_scale_inputs(ids[:, :5]), model.next_scale_inputs(ids)[:, :4])
+
+
+@pytest.mark.parametrize("length", [0, 2, 4, 6, T - 1, T + 1])
+@pytest.mark.parametrize("method", ["decode", "decode_scales", "next_scale_inputs"])
+def test_a_stream_cut_inside_a_scale_is_refused(method, length):
+    with pytest.raises(ValueError, match="cut inside a scale"):
+        getattr(visual_tokenizer(), method)(torch.zeros(1, length, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 16, 32), (3, 16, 16)])
+def test_pictures_of_the_wrong_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be \(B, 3, 16, 16\)"):
+        visual_tokenizer().encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"patch_nums": (1, 2, 3, 8)}, "as fine as the latent"),
+        ({"image_size": 32}, "as fine as the latent"),
+        ({"image_size": 18, "patch_nums": (1, 2, 4)}, "as fine as the latent"),
+        ({"patch_nums": (1, 3, 3, 4)}, "must grow"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer_config(**changes)
+
+
+@pytest.mark.parametrize("rate_weight", [0.0, 0.5, 3.0])
+def test_code_choice_minimises_distance_plus_rate(rate_weight):
+    quantizer = visual_tokenizer(rate_weight=rate_weight).quantize
+    quantizer.ema_vocab_hit_SV.copy_(torch.rand(len(SIDES), CODES) ** 4)
+    rest, codes = torch.randn(200, 8), quantizer.embedding.weight.detach()
+    for scale in range(len(SIDES)):
+        hits = quantizer.ema_vocab_hit_SV[scale] + 1e-3
+        cost = torch.cdist(rest, codes).square() - rate_weight * (hits / hits.sum()).log()
+        assert torch.equal(quantizer.nearest(rest, scale), cost.argmin(1))
+
+
+@pytest.mark.parametrize("rate_weight, chosen", [(0.0, [3, 3, 7]), (0.1, [7, 3, 7])])
+def test_rate_decides_near_ties_only(rate_weight, chosen):
+    quantizer = MultiScaleQuantizer(tokenizer_config(rate_weight=rate_weight))
+    codes = torch.full((CODES, 8), 100.0)
+    codes[3], codes[7] = 1.0, -1.0
+    quantizer.embedding.weight.data.copy_(codes)
+    quantizer.ema_vocab_hit_SV[:, 7], quantizer.ema_vocab_hit_SV[:, 3] = 0.9, 0.1
+    near_tie, clear_3, clear_7 = 0.001 * torch.ones(8), 0.9 * torch.ones(8), -0.9 * torch.ones(8)
+    assert quantizer.nearest(torch.stack([near_tie, clear_3, clear_7]), 0).tolist() == chosen
+
+
+def test_training_loss_by_hand():
+    model = visual_tokenizer()
+    pixels = square(2)
+    out = model(pixels)
+    with torch.no_grad():
+        latent, f_hats = model.latent(pixels), list(model.quantize.accumulate(out.visual_ids))
+        vq_loss = (1 + 0.25) * sum(F.mse_loss(f_hat, latent) for f_hat in f_hats) / len(f_hats)
+        picture = model.decode_latent(f_hats[-1])
+    torch.testing.assert_close(out.vq_loss, vq_loss)
+    torch.testing.assert_close(out.loss, vq_loss + (picture - pixels).abs().mean() + (picture - pixels).square().mean())
+    torch.testing.assert_close(out.reconstruction, picture.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(pixels, num_scales=2).reconstruction, model.decode_scales(out.visual_ids)[:, 1])
+
+
+def test_training_lowers_the_loss_of_unseen_pictures_and_reaches_every_part():
+    model = visual_tokenizer().train()
+    unseen = F.interpolate(square(8, size=2, seed=99), size=16)
+    before = model.eval()(unseen).loss.item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model.train()
+    for step in range(30):
+        optimizer.zero_grad()
+        model(F.interpolate(square(8, size=2, seed=step), size=16)).loss.backward()
+        optimizer.step()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.decoder.parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.encoder.parameters())
+    assert model.quantize.embedding.weight.grad.abs().sum() > 0
+    assert model.eval()(unseen).loss.item() < 0.7 * before
+
+
+def test_usage_moves_in_training_only():
+    model = visual_tokenizer()
+    model(square())
+    assert model.quantize.ema_vocab_hit_SV.abs().max() == 0
+    ids = model.train()(square()).visual_ids
+    hits = model.quantize.ema_vocab_hit_SV
+    torch.testing.assert_close(hits.sum(1), torch.full((len(SIDES),), 0.01))  # decay 0.99, frequencies sum to 1
+    assert set(hits[0].nonzero()[:, 0].tolist()) == set(ids[:, 0].tolist())
+
+
+def test_save_and_load(tmp_path):
+    model = visual_tokenizer(rate_weight=0.3)
+    model.quantize.ema_vocab_hit_SV.copy_(torch.rand(len(SIDES), CODES))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is VARTokenizer and not any(info[key] for key in ("missing_keys", "unexpected_keys"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    assert torch.equal(model.encode(square()), loaded.encode(square()))
+    assert loaded.config.patch_nums == list(SIDES) and loaded.config.rate_weight == 0.3
+
+
+@pytest.mark.parametrize("groups, local", [(0, True), (4, False)])
+def test_without_norm_and_attention_a_corner_leaves_the_far_corner_alone(groups, local):
+    # one scale only: the 1x1 scale of a pyramid sums up all of the picture, whatever the encoder does
+    sizes = {"image_size": 64, "channel_multipliers": (1, 1, 1), "patch_nums": (16,), "use_attention": False}
+    model = visual_tokenizer(norm_num_groups=groups, **sizes)
+    for module in model.modules():  # blocks that begin as the identity would make this too easy
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    pixels = square(1, size=64)
+    changed = pixels.clone()
+    changed[..., :8, :8] = 1.0
+    with torch.no_grad():
+        moved = (model.latent(pixels) - model.latent(changed)).abs().amax((0, 1))  # (16, 16)
+    assert moved[0, 0] > 1e-3
+    assert (moved[-2:, -2:].max() < 1e-6) == local
+    same = (model.encode(pixels) == model.encode(changed)).view(16, 16)
+    assert not same.all()
+    if local:
+        assert same[-2:, -2:].all()

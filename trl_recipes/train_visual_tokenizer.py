@@ -1,0 +1,211 @@
+"""Trains a small VAR tokenizer on masks (and, if asked, pictures), for models that draw masks.
+
+    python -m trl_recipes.train_visual_tokenizer --bank BANK --output_dir out/visual_tokenizer --max_steps 3000
+
+Three stages: a plain autoencoder; a codebook fitted to its latents at once (Lloyd iterations); and the decoder tuned on
+what the codes say, with encoder and codes frozen. The last can be repeated (`--decoder_only`) without touching models
+trained on the codes.
+
+What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
+noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
+get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+import modeling_argenseg  # noqa: F401 (registers the Auto classes)
+from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
+
+from .masks import MaskPictures, compose_masks
+
+
+@dataclass
+class TokenizerArguments:
+    bank: str = field(metadata={"help": "folder with sprites.parquet, backgrounds.parquet and vocabulary.json"})
+    start_from: str | None = field(default=None, metadata={"help": "tokenizer folder to go on from, e.g. an autoencoder"})
+    train_masks: int = field(default=20_000, metadata={"help": "masks to compose for training (cached in output_dir)"})
+    test_masks: int = field(default=500, metadata={"help": "masks of test sprites to evaluate on"})
+    photos: str | None = field(default=None, metadata={"help": "folder of pictures to mix in"})
+    photo_share: float = field(default=0.1, metadata={"help": "share of pictures, where photos are given"})
+    image_size: int = field(default=128, metadata={"help": "side of the picture that is coded"})
+    base_channels: int = field(default=8, metadata={"help": "channels at full resolution"})
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "per level"})
+    patch_nums: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "sides of the scales"})
+    latent_channels: int = field(default=16, metadata={"help": "length of a code"})
+    vocab_size: int = field(default=512, metadata={"help": "number of codes"})
+    autoencoder_steps: int = field(default=600, metadata={"help": "first steps, without the quantiser"})
+    rate_weight: float = field(default=0.06, metadata={"help": "price of a nat, in squared distance"})
+    decoder_only: bool = field(
+        default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
+    )
+    fit_pictures: int = field(default=1536, metadata={"help": "pictures that the codebook is first fitted to"})
+    scale_dropout: float = field(default=0.3, metadata={"help": "chance that a step uses only the first scales"})
+
+
+@torch.no_grad()
+def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[str, Any]:
+    """Reconstruction IoU after every scale at the masks' own size, and how predictable the tokens are.
+
+    Returns `iou` (mean), `iou_per_scale`, `entropy_per_scale` (nats a token), `entropy_per_picture` (nats), and
+    `empty_share_per_scale`: among cells where the mask is empty, the share of the commonest code.
+    """
+    model.eval()
+    config, ids, ious = model.config, [], []
+    for start in range(0, len(masks), batch_size):
+        truth = torch.from_numpy(masks[start : start + batch_size])
+        pictures = MaskPictures(truth.numpy(), config.image_size, seed=None)
+        pixels = torch.stack([pictures[i]["pixel_values"] for i in range(len(pictures))])
+        ids.append(model.encode(pixels.to(model.device)).cpu())
+        maps = model.decode_scales(ids[-1].to(model.device)).float().mean(2).cpu()  # (B, K, side, side)
+        drawn = F.interpolate(maps, size=truth.shape[1:], mode="bilinear") > 0
+        truth = truth[:, None]
+        union = (drawn | truth).sum((2, 3))
+        ious.append((drawn & truth).sum((2, 3)) / union.clamp(min=1) + (union == 0))
+    model.train()
+    ids_NT, iou_NK = torch.cat(ids), torch.cat(ious)
+    entropies, shares = [], []
+    for tokens, side in zip(model.quantize.split(ids_NT), config.patch_nums, strict=True):
+        share = torch.bincount(tokens.flatten()).double() / tokens.numel()
+        entropies.append(float(torch.special.entr(share).sum()))
+        covered = F.adaptive_max_pool2d(torch.from_numpy(masks).float(), side).flatten(1)
+        empty = tokens[covered == 0]
+        shares.append(float(torch.bincount(empty).max() / len(empty)) if len(empty) else float("nan"))
+    return {
+        "iou": float(iou_NK[:, -1].mean()),
+        "iou_per_scale": [round(float(x), 3) for x in iou_NK.mean(0)],
+        "entropy_per_scale": [round(x, 3) for x in entropies],
+        "entropy_per_picture": float(np.dot(entropies, [side * side for side in config.patch_nums])),
+        "empty_share_per_scale": [round(x, 3) for x in shares],
+    }
+
+
+@torch.no_grad()
+def fit_codebook(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, iterations: int = 9, restarts: int = 3) -> float:
+    """Lloyd iterations of entropy-constrained residual quantisation on latents, coarse scales first.
+
+    Seconds of this replace thousands of gradient steps on the codebook. The first `restarts` iterations have no rate
+    term and move unused codes; the rest keep half of each code (the scales share the codebook, and an update of the
+    coarse ones moves the target of the fine). Returns the mean squared error per latent number.
+    """
+    rate, codebook, error = quantizer.rate_weight, quantizer.embedding.weight, 0.0
+    quantizer.ema_vocab_hit_SV.zero_()
+    for iteration in range(iterations):
+        first = iteration < restarts
+        quantizer.rate_weight = 0.0 if first else rate
+        if first:
+            quantizer.restart_unused(f_BDhw[:256])
+        hits, sums, error = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(codebook), 0.0
+        for rest in f_BDhw.split(256):
+            for scale in range(len(quantizer.patch_nums)):
+                vectors = quantizer.rest_at_scale(rest, scale)
+                ids = quantizer.nearest(vectors, scale)
+                hits[scale] += torch.bincount(ids, minlength=len(codebook))
+                sums.index_add_(0, ids, vectors)
+                rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
+            error += float(rest.square().sum()) / f_BDhw.numel()
+        count = hits.sum(0)
+        used = count > 0
+        codebook[used] = torch.lerp(codebook[used], sums[used] / count[used, None], 1.0 if first else 0.5)
+        quantizer.ema_vocab_hit_SV.copy_(hits / hits.sum(1, keepdim=True))
+    quantizer.rate_weight = rate
+    return error
+
+
+class TokenizerTrainer(Trainer):
+    """`Trainer` that begins with an autoencoder, fits the codebook to it, drops scales, and evaluates by `judge`."""
+
+    def __init__(self, *args: Any, recipe: TokenizerArguments, test_masks: np.ndarray, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recipe, self.test_masks = recipe, test_masks
+
+    def num_scales_at(self, step: int) -> int | None:
+        """How many scales the step reconstructs from: none (autoencoder), the first few, or all."""
+        scales = len(self.recipe.patch_nums)
+        if step < 0:
+            return 0
+        rng = np.random.default_rng([self.args.seed, step])
+        return int(rng.integers(2, scales)) if scales > 2 and rng.random() < self.recipe.scale_dropout else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        step = self.state.global_step - self.recipe.autoencoder_steps  # negative before the quantiser
+        if step == 0 and not self.recipe.decoder_only:
+            self.fit_codebook(model)
+            self.optimizer.state.clear()  # the moments of the autoencoder's small gradients
+        if step >= 0:
+            for part in (model.encoder, model.quant_conv, model.quantize):
+                part.requires_grad_(False)
+        outputs = model(**inputs, num_scales=self.num_scales_at(step), masks=not self.recipe.photos)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    @torch.no_grad()
+    def fit_codebook(self, model: VARTokenizer) -> None:
+        batches = range(0, self.recipe.fit_pictures, 64)
+        pictures = [[self.train_dataset[i + j]["pixel_values"] for j in range(64)] for i in batches]
+        latents = [model.latent(torch.stack(batch).to(model.device)).float() for batch in pictures]
+        error = fit_codebook(model.quantize, torch.cat(latents))
+        self.log({"fit_error": error, "latent_std": float(torch.cat(latents).std())})
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, Any]:
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in judge(self.model, self.test_masks).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def build(recipe: TokenizerArguments) -> VARTokenizer:
+    """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
+    if recipe.start_from is not None:
+        changes = {} if recipe.decoder_only else {"rate_weight": recipe.rate_weight}
+        return VARTokenizer.from_pretrained(recipe.start_from, **changes)
+    config = VARTokenizerConfig(
+        image_size=recipe.image_size,
+        base_channels=recipe.base_channels,
+        channel_multipliers=recipe.channel_multipliers,
+        num_res_blocks=1,
+        norm_num_groups=0,
+        use_attention=False,
+        latent_channels=recipe.latent_channels,
+        vocab_size=recipe.vocab_size,
+        patch_nums=recipe.patch_nums,
+        rate_weight=recipe.rate_weight,
+    )
+    return VARTokenizer(config)
+
+
+def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
+    training.remove_unused_columns = False
+    output = Path(training.output_dir)
+    torch.manual_seed(training.seed)
+    model = build(recipe).to(memory_format=torch.channels_last)
+    masks = compose_masks(recipe.bank, "train", recipe.train_masks, training.seed, output / "train_masks.npy")
+    test_masks = compose_masks(recipe.bank, "test", recipe.test_masks, training.seed, output / "test_masks.npy")
+    photos = sorted(Path(recipe.photos).glob("*.*")) if recipe.photos else None
+    seen = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+    dataset = MaskPictures(masks, recipe.image_size, training.seed, photos, recipe.photo_share, max(seen, len(masks)))
+    trainer = TokenizerTrainer(
+        model=model,
+        args=training,
+        train_dataset=dataset,
+        eval_dataset=dataset,  # evaluation is by `judge`
+        recipe=recipe,
+        test_masks=test_masks,
+    )
+    resume = any(output.glob("checkpoint-*"))
+    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.evaluate()
+    model.save_pretrained(output)
+
+
+def make_parser() -> HfArgumentParser:
+    return HfArgumentParser((TokenizerArguments, TrainingArguments), description=__doc__)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_into_dataclasses())
