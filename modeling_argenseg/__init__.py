@@ -1,8 +1,16 @@
 """ARGenSeg for transformers: a multimodal LLM that answers with pixels. Importing this registers the Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageSegmentation,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from processing import ARGenSegProcessor
+from processing import ARGenSegPipeline, ARGenSegProcessor
+from processing.pipeline_argenseg import SegmentationPipelineDispatch
 
 from .configuration_argenseg import ARGenSegConfig, VARTokenizerConfig
 from .generation_argenseg import ARGenSegGenerateOutput, ARGenSegGenerationMixin
@@ -16,17 +24,15 @@ from .vision_efficientnet_lite import (
     HybridInternVLModel,
 )
 
-for config_class, model_class in (
-    (VARTokenizerConfig, VARTokenizer),
-    (EfficientNetLiteVisionConfig, EfficientNetLiteVisionModel),
-    (HybridInternVLConfig, HybridInternVLModel),
-    (ARGenSegConfig, ARGenSegModel),
-):
+# the vision tower registers itself
+for config_class, model_class in ((VARTokenizerConfig, VARTokenizer), (ARGenSegConfig, ARGenSegModel)):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
-AutoModelForImageTextToText.register(HybridInternVLConfig, HybridInternVLForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(ARGenSegConfig, ARGenSegForConditionalGeneration, exist_ok=True)
+AutoModelForImageSegmentation.register(ARGenSegConfig, ARGenSegForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(ARGenSegConfig, ARGenSegProcessor, exist_ok=True)
+# `register_pipeline` would warn that the task is taken; models of other kinds still get transformers' own pipeline
+PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = SegmentationPipelineDispatch
 
 __all__ = [
     "ARGenSegConfig",
@@ -34,6 +40,7 @@ __all__ = [
     "ARGenSegGenerateOutput",
     "ARGenSegGenerationMixin",
     "ARGenSegModel",
+    "ARGenSegPipeline",
     "ARGenSegPreTrainedModel",
     "ARGenSegProcessor",
     "EfficientNetLiteVisionConfig",

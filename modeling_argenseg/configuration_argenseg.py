@@ -1,12 +1,49 @@
 """Configurations: the picture vocabulary (`VARTokenizerConfig`) and the model around it (`ARGenSegConfig`)."""
 
-from typing import Any, ClassVar
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+# a `vlm_config` may be one, and the import registers it
+from .vision_efficientnet_lite import HybridInternVLConfig  # noqa: F401
+
+if TYPE_CHECKING:  # what is imported by name, here too, is what is saved beside a configuration
+    from .modeling_argenseg import ARGenSegForConditionalGeneration  # noqa: F401
+
+FROM_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
-class VARTokenizerConfig(PreTrainedConfig):
+class RemoteCodeMixin:
+    """Saves the code with the configuration: what is saved loads with `trust_remote_code=True` where this package is
+    not installed. Where it is, the package's own code is used and the entries that name the saved code are ignored
+    (transformers would ask for the flag because of `custom_pipelines`).
+    """
+
+    remote_code: ClassVar[dict[str, dict]] = {}
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not FROM_REMOTE_CODE:
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("auto_map", "custom_pipelines")}
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As usual; the code goes into the same folder."""
+        published = copy.copy(self)
+        # no `_auto_class`: transformers would take any class with "Tokenizer" in its name for a text tokenizer
+        published.__dict__.update(copy.deepcopy(self.remote_code), _auto_class=None)
+        super(RemoteCodeMixin, published).save_pretrained(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+        for file in {__file__, *get_relative_import_files(__file__)}:
+            shutil.copyfile(file, Path(save_directory, Path(file).name))
+
+
+class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
     """Sizes of a VAR multi-scale VQ-VAE. The defaults are those of VAR's `vae_ch160v4096z32` at 256 px.
 
     Args:
@@ -30,6 +67,12 @@ class VARTokenizerConfig(PreTrainedConfig):
     """
 
     model_type = "var_tokenizer"
+    remote_code: ClassVar[dict[str, dict]] = {
+        "auto_map": {
+            "AutoConfig": "configuration_argenseg.VARTokenizerConfig",
+            "AutoModel": "var_tokenizer.VARTokenizer",
+        }
+    }
 
     image_size: int = 256
     num_channels: int = 3
@@ -75,7 +118,7 @@ class VARTokenizerConfig(PreTrainedConfig):
         return starts
 
 
-class ARGenSegConfig(PreTrainedConfig):
+class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
     """A vision-language model whose vocabulary also holds the codebook of a VAR tokenizer.
 
     Args:
@@ -96,6 +139,22 @@ class ARGenSegConfig(PreTrainedConfig):
     """
 
     model_type = "argenseg"
+    remote_code: ClassVar[dict[str, dict]] = {
+        "auto_map": {
+            "AutoConfig": "configuration_argenseg.ARGenSegConfig",
+            "AutoModel": "modeling_argenseg.ARGenSegModel",
+            "AutoModelForImageTextToText": "modeling_argenseg.ARGenSegForConditionalGeneration",
+            "AutoModelForImageSegmentation": "modeling_argenseg.ARGenSegForConditionalGeneration",
+            "AutoProcessor": "processing_argenseg.ARGenSegProcessor",
+        },
+        "custom_pipelines": {
+            "image-segmentation": {
+                "impl": "pipeline_argenseg.ARGenSegPipeline",
+                "pt": ["AutoModelForImageTextToText"],
+                "type": "multimodal",
+            }
+        },
+    }
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "vlm_config": SubConfigSpec(config_class=AutoConfig, model_type="internvl"),
         "visual_tokenizer_config": VARTokenizerConfig,

@@ -3,8 +3,11 @@
 Packed attention projections are split: `wqkv` holds, for each key-value head, its query heads, then k, then v; the
 vision tower's `qkv` holds thirds. The released `image_tokenizer.*` becomes a `VARTokenizer` of its own; its quantizer
 is also copied into the model.
+
+Whole folders, either way: `python -m modeling_argenseg.conversion_argenseg --help`.
 """
 
+import argparse
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -52,7 +55,19 @@ _PACKED = {
     "language_model.model.layers.{n}.attention.wqkv": _TEXT + "layers.{n}.self_attn.",
 }
 _POSITIONS = ("pos_1LC", "model.position_embedding.weight")
-_INDEX = re.compile(r"\.(\d+)\.")
+_ONE_SQUASHED_TILE = {
+    "ps_version": "v2", "dynamic_image_size": False, "min_dynamic_patch": 1, "max_dynamic_patch": 1,
+    "use_thumbnail": True, "pad2square": False,
+}  # fmt: skip
+# fields of the two sub-configurations that both sides call the same
+_TEXT_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps initializer_range"
+).split()
+_VISION_FIELDS = (
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
+    "hidden_act layer_norm_eps norm_type attention_dropout initializer_range"
+).split()
 
 
 def _template(key: str) -> tuple[str, str, str]:
@@ -152,12 +167,8 @@ def _text_config(llm: Mapping[str, Any]) -> LlamaConfig:
     rope: dict[str, Any] = {"rope_theta": float(llm["rope_theta"]), "rope_type": "default"}
     if llm.get("rope_scaling"):
         rope.update(rope_type=llm["rope_scaling"]["type"], factor=llm["rope_scaling"]["factor"])
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-        "max_position_embeddings rms_norm_eps initializer_range"
-    ).split()
     return LlamaConfig(
-        **{name: llm[name] for name in same},
+        **{name: llm[name] for name in _TEXT_FIELDS},
         attention_bias=llm["bias"],
         rope_parameters=rope,
         bos_token_id=llm["bos_token_id"],
@@ -168,12 +179,8 @@ def _text_config(llm: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _vision_config(vision: Mapping[str, Any]) -> InternVLVisionConfig:
-    same = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
-        "hidden_act layer_norm_eps norm_type attention_dropout initializer_range"
-    ).split()
     return InternVLVisionConfig(
-        **{name: vision[name] for name in same},
+        **{name: vision[name] for name in _VISION_FIELDS},
         attention_bias=vision["qkv_bias"],
         use_qk_norm=vision["qk_normalization"],
     )
@@ -213,3 +220,55 @@ def convert_config(
         gen_end_token_id=first_visual - 2,
         visual_token_offset=first_visual,
     )
+
+
+def revert_config(config: ARGenSegConfig) -> dict[str, Any]:
+    """Our configuration as the `config.json` of a released checkpoint: what `convert_config` reads, and the rest of it.
+
+    Raises:
+        ValueError: another text model, or options, that the released layout has no place for.
+    """
+    vlm, text, vision = config.vlm_config, config.text_config, config.vlm_config.vision_config
+    tail = text.vocab_size - config.visual_tokenizer_config.vocab_size
+    ids = (config.gen_start_token_id, config.gen_end_token_id, config.visual_token_offset)
+    fits = vlm.model_type == "internvl" and text.model_type == "llama" and ids == (tail - 3, tail - 2, tail)
+    if not fits or config.scale_attention != "causal" or config.generation_projector_depth != 1 or config.num_scales:
+        raise ValueError(
+            "the released layout holds InternVL with a Llama text model, causal scale attention, a linear projector, "
+            "all scales, and the codebook as the tail of the vocabulary; this model is another"
+        )
+    rope = text.rope_parameters
+    scaling = None if rope["rope_type"] == "default" else {"type": rope["rope_type"], "factor": rope["factor"]}
+    llm = {name: getattr(text, name) for name in (*_TEXT_FIELDS, "bos_token_id", "eos_token_id", "pad_token_id")}
+    llm |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": text.attention_bias}
+    llm |= {"rope_theta": rope["rope_theta"], "rope_scaling": scaling, "tie_word_embeddings": False}
+    tower = {name: getattr(vision, name) for name in _VISION_FIELDS}
+    tower |= {"image_size": vision.image_size[0], "patch_size": vision.patch_size[0], "model_type": "intern_vit_6b"}
+    tower |= {"qkv_bias": vision.attention_bias, "qk_normalization": vision.use_qk_norm}
+    return {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLGenSeg"],
+        "llm_config": llm,
+        "vision_config": tower,
+        "hidden_size": text.hidden_size,
+        "force_image_size": vision.image_size[0],
+        "downsample_ratio": vlm.downsample_ratio,
+        "select_layer": vlm.vision_feature_layer,
+        "template": "internvl2_5",
+        **_ONE_SQUASHED_TILE,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(config.dtype or "float32").removeprefix("torch."),
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of the program; see `convert_checkpoint`, which imports the model."""
+    from .convert_checkpoint import make_parser as make
+
+    return make()
+
+
+if __name__ == "__main__":
+    from .convert_checkpoint import main
+
+    main()

@@ -29,6 +29,7 @@ PICTURE_DEFAULTS: dict[str, Any] = {
     "picture_temperature": 1.0,
     "picture_top_k": None,
     "picture_top_p": None,
+    "picture_logit_adjustment": 0.0,
 }
 
 
@@ -100,6 +101,9 @@ class ARGenSegGenerationMixin(GenerationMixin):
             Needs `negative_input_ids` (and `negative_attention_mask`), the unconditional prompts (B, L').
         picture_do_sample (`bool`, defaults to False): sample visual tokens instead of taking the most likely.
         picture_temperature, picture_top_k, picture_top_p: shape that sampling.
+        picture_logit_adjustment (`float`, defaults to 0): logit adjustment (Menon et al. 2021). Subtracts this times
+            the log-frequency that each code had at its scale when the VAR tokenizer was trained. Most cells of a mask
+            are empty, so a model that is unsure where a thing is draws nothing; this makes it draw its best guess.
     `max_new_tokens` counts text; the tokens of pictures do not use it up.
     """
 
@@ -170,6 +174,9 @@ class ARGenSegGenerationMixin(GenerationMixin):
                     "negative_attention_mask (processor(text=[...]) makes them)"
                 )
             negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask
+            starts = self.config.gen_start_token_id
+            if not torch.equal(input_ids[:, -1] == starts, negative[:, -1] == starts):
+                raise ValueError("prompt and unconditional prompt must both end in <gen_start>, or neither")
             input_ids = _stack_left_padded(input_ids, negative, pad_id)
             mask = _stack_left_padded(mask, negative_mask.to(mask.dtype), 0)
         nobody = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
@@ -299,13 +306,17 @@ class ARGenSegGenerationMixin(GenerationMixin):
             conditional, unconditional = logits.chunk(2)
             t = generation_config.picture_guidance_scale * scale / max(len(self.config.patch_nums) - 1, 1)
             logits = (1 + t) * conditional - t * unconditional
+        preferred = logits
+        if generation_config.picture_logit_adjustment:
+            prior = self.model.quantizer.log_frequency(scale)
+            preferred = logits - generation_config.picture_logit_adjustment * prior
         if generation_config.picture_do_sample:
-            flat = logits.flatten(0, 1)
+            flat = preferred.flatten(0, 1)
             for warper in _picture_warpers(generation_config):
                 flat = warper(None, flat)
             tokens = torch.multinomial(flat.softmax(-1), num_samples=1).view(logits.shape[:2])
         else:
-            tokens = logits.argmax(-1)
+            tokens = preferred.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
     def _finish(

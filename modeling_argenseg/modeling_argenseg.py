@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_argenseg import ARGenSegConfig
 from .generation_argenseg import ARGenSegGenerationMixin
+from .released_checkpoint import LoadsReleased, model_arguments
 from .var_tokenizer import MultiScaleQuantizer, VARTokenizer
 
 
@@ -291,12 +292,13 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         )
 
 
-class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerationMixin):
+class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, ARGenSegGenerationMixin):
     """ARGenSeg with the language model's own head: one softmax over text and visual ids."""
 
     _tied_weights_keys = {"lm_head.weight": "model.vlm.language_model.embed_tokens.weight"}
     # the loss is a sum of two means; Trainer must not normalise it by the number of text labels
     accepts_loss_kwargs = False
+    _released_arguments = staticmethod(model_arguments)
 
     def __init__(self, config: ARGenSegConfig) -> None:
         super().__init__(config)
@@ -423,7 +425,8 @@ class ARGenSegForConditionalGeneration(ARGenSegPreTrainedModel, ARGenSegGenerati
         if self.config.visual_loss == "token":
             return text_loss, losses[is_visual].mean()
         scales = F.pad(self.scale_of_tokens(input_ids)[:, 1:], (0, 1), value=-1)[keep]
-        means = [losses[is_visual & (scales == scale)].mean() for scale in range(len(self.config.patch_nums))]
+        drawn = [is_visual & (scales == scale) for scale in range(len(self.config.patch_nums))]
+        means = [losses[where].mean() for where in drawn if bool(where.any())]
         return text_loss, torch.stack(means).mean()
 
     def forward(

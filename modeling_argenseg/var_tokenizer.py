@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_argenseg import VARTokenizerConfig
+from .released_checkpoint import LoadsReleased, visual_tokenizer_arguments
 
 
 class Phi(nn.Conv2d):
@@ -73,9 +74,13 @@ class MultiScaleQuantizer(nn.Module):
         codebook = self.embedding.weight
         distance_NV = rest_NC.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rest_NC @ codebook.T
         if self.rate_weight > 0:
-            hits = self.ema_vocab_hit_SV[scale] + 1e-3
-            distance_NV = distance_NV - self.rate_weight * (hits / hits.sum()).log()
+            distance_NV = distance_NV - self.rate_weight * self.log_frequency(scale)
         return distance_NV.argmin(1)
+
+    def log_frequency(self, scale: int) -> torch.Tensor:
+        """Log of how often each code was chosen at a scale (V,); all the same where usage was not recorded."""
+        hits = self.ema_vocab_hit_SV[scale] + 1e-3
+        return (hits / hits.sum()).log()
 
     def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
         """What the tokens (B, p_k^2) of one scale add to f_hat: (B, D, h, w)."""
@@ -311,10 +316,11 @@ class VARTokenizerOutput(ModelOutput):
     vq_loss: torch.Tensor | None = None
 
 
-class VARTokenizer(PreTrainedModel):
+class VARTokenizer(LoadsReleased, PreTrainedModel):
     """Multi-scale VQ-VAE of VAR. `encode` and `decode` are what the processor calls; `forward` trains it."""
 
     config_class = VARTokenizerConfig
+    _released_arguments = staticmethod(visual_tokenizer_arguments)
     main_input_name = "pixel_values"
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -388,10 +394,12 @@ class VARTokenizer(PreTrainedModel):
         visual_ids = self.quantize.encode(f_BDhw)
         if self.training and self.quantize.embedding.weight.requires_grad:  # usage decides codes: frozen with them
             self.quantize.record_usage(visual_ids)
-        f_hats = list(self.quantize.accumulate(visual_ids))[:num_scales]
+        f_hats = list(self.quantize.accumulate(visual_ids))
         codebook_loss = torch.stack([F.mse_loss(f, f_BDhw.detach()) for f in f_hats]).mean()
         commitment = F.mse_loss(f_hats[-1].detach(), f_BDhw)
         vq_loss = codebook_loss + self.config.commitment_weight * commitment
+        if num_scales is not None:  # what the decoder must make of a coarse f_hat says nothing about the latent
+            return f_hats[num_scales - 1].detach(), vq_loss, visual_ids
         return f_BDhw + (f_hats[-1] - f_BDhw).detach(), vq_loss, visual_ids
 
     def forward(

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -278,6 +278,13 @@ class HybridInternVLForConditionalGeneration(InternVLForConditionalGeneration):
 
     config: HybridInternVLConfig
 
+
+# here, not in the package's __init__, because this file is also loaded by itself, as remote code
+AutoConfig.register(EfficientNetLiteVisionConfig.model_type, EfficientNetLiteVisionConfig, exist_ok=True)
+AutoConfig.register(HybridInternVLConfig.model_type, HybridInternVLConfig, exist_ok=True)
+AutoModel.register(EfficientNetLiteVisionConfig, EfficientNetLiteVisionModel, exist_ok=True)
+AutoModel.register(HybridInternVLConfig, HybridInternVLModel, exist_ok=True)
+AutoModelForImageTextToText.register(HybridInternVLConfig, HybridInternVLForConditionalGeneration, exist_ok=True)
 
 __all__ = [
     "EfficientNetLiteVisionConfig",

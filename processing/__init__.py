@@ -2,6 +2,7 @@
 
 from .image_inputs import load_image
 from .mask_inputs import load_mask
+from .pipeline_argenseg import ARGenSegPipeline
 from .processing_argenseg import ARGenSegProcessor
 
-__all__ = ["ARGenSegProcessor", "load_image", "load_mask"]
+__all__ = ["ARGenSegPipeline", "ARGenSegProcessor", "load_image", "load_mask"]

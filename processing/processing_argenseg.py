@@ -29,11 +29,17 @@ from .chat_template import END_IMAGE_TOKEN, IMAGE_TOKEN, START_IMAGE_TOKEN, make
 from .conversation_argenseg import collect_contents, segmentation_conversation
 from .image_inputs import load_image, split_rows
 from .picture_stream import PictureVocabulary
+from .released_processor import find_released_folder, released_processor_parts
+from .saved_code import PROCESSOR_CODE, save_code
 from .segmentation_processing import SegmentationProcessingMixin
 
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
 VISUAL_TOKEN = "<visual token {:06d}>"
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
+# settings of a released checkpoint that a caller may change
+RELEASED_CHANGES = (
+    "image_processor", "chat_template", "mask_resize_sizes", "segmentation_prompt", "segmentation_answer", "num_scales",
+)  # fmt: skip
 # transformers' `sanitize_control_tokens` puts this character before a marker that a user wrote: then it is plain text
 UNMARKED = "(?<!\U000f0000)"
 
@@ -183,15 +189,16 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         without_weights = copy.copy(self)
         without_weights._vq_model = None
-        return super(ARGenSegProcessor, without_weights).to_dict()
+        return super(ARGenSegProcessor, without_weights).to_dict() | PROCESSOR_CODE
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Save everything, the visual tokenizer into the sub-folder `visual_tokenizer/`."""
+        """Save everything, the visual tokenizer into the sub-folder `visual_tokenizer/`, and the code."""
         max_shard_size = kwargs.pop("max_shard_size", None) or "50GB"
         files = super().save_pretrained(save_directory, **({} if push_to_hub else kwargs))
         if self._vq_model is not None:
             folder = os.path.join(save_directory, VISUAL_TOKENIZER_FOLDER)
             self._vq_model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_code(save_directory, __file__, VISUAL_TOKENIZER_FOLDER)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, **kwargs)
@@ -199,8 +206,19 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a processor, with its visual tokenizer if there is one (or pass your own: `vq_model=`)."""
+        """Load a processor, with its visual tokenizer if there is one (or pass your own: `vq_model=`).
+
+        A checkpoint as released (`config.json` of `model_type: internvl_chat`) loads as it is, with the prompts, the
+        system message and the mask geometry it was trained with; keyword arguments of the class change them.
+        """
         vq_model = kwargs.pop("vq_model", None)
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
+        released = find_released_folder(
+            pretrained_model_name_or_path, subfolder=kwargs.get("subfolder", ""), **hub_kwargs
+        )
+        if released is not None:
+            settings = {name: kwargs[name] for name in RELEASED_CHANGES if name in kwargs}
+            return cls(**(released_processor_parts(released, vq_model) | settings))
         if vq_model is None:
             vq_model = cls._load_visual_tokenizer(pretrained_model_name_or_path, **kwargs)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -39,7 +39,7 @@ def store_in_half(folder: Path) -> None:
 
 
 def export(source: str | Path, output: str | Path) -> Path:
-    """Model, processor, tokenizers and generation config of `source`, ready to publish in `output`."""
+    """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     model.save_pretrained(output, save_original_format=False)

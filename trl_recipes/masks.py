@@ -15,11 +15,14 @@ PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
 
 def compose_masks(bank_folder: str | Path, split: str, count: int, seed: int, cache: Path | None = None) -> np.ndarray:
     """`count` target masks (count, 256, 256) bool of scenes from all presets; packed to bits in `cache` when given."""
-    if cache is not None and cache.exists():
-        return np.unpackbits(np.load(cache), axis=-1).astype(bool)[:count]
-    bank, found = SceneBank.from_folder(bank_folder, split), []
+    packed = np.load(cache, mmap_mode="r") if cache is not None and cache.exists() else ()
+    if len(packed) >= count:
+        return np.unpackbits(packed[:count], axis=-1).astype(bool)
+    bank, upto = SceneBank.from_folder(bank_folder, split), 0.0
+    found: list[np.ndarray] = []
     for preset, share in PRESET_SHARES:
-        wanted = round(count * share)
+        upto += share
+        wanted = round(count * upto) - len(found)
         dataset = SceneDataset(bank, SceneConfig.preset(preset), seed, length=count, expressions_per_scene=4)
         masks: list[np.ndarray] = []
         with tqdm(total=wanted, desc=f"composing {split} masks ({preset})") as bar:
@@ -34,7 +37,9 @@ def compose_masks(bank_folder: str | Path, split: str, count: int, seed: int, ca
     stacked = np.stack(found)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cache, np.packbits(stacked, axis=-1))
+        part = cache.with_suffix(".part.npy")
+        np.save(part, np.packbits(stacked, axis=-1))
+        part.replace(cache)  # a run that is killed leaves no half of it
     return stacked
 
 

@@ -2,9 +2,9 @@
 
     python -m trl_recipes.train_visual_tokenizer --bank BANK --output_dir out/visual_tokenizer --max_steps 3000
 
-Three stages: a plain autoencoder; a codebook fitted to its latents at once (Lloyd iterations); and the decoder tuned on
-what the codes say, with encoder and codes frozen. The last can be repeated (`--decoder_only`) without touching models
-trained on the codes.
+Four stages: a plain autoencoder; a codebook fitted to its latents at once (Lloyd iterations) and frozen; encoder and
+decoder together, the latents pulled to the codes; last the decoder alone, on what the codes say. That can be repeated
+(`--decoder_only`) without touching models trained on the codes.
 
 What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
@@ -24,12 +24,15 @@ import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
 
 from .masks import MaskPictures, compose_masks
+from .resume import last_checkpoint
 
 
 @dataclass
 class TokenizerArguments:
     bank: str = field(metadata={"help": "folder with sprites.parquet, backgrounds.parquet and vocabulary.json"})
-    start_from: str | None = field(default=None, metadata={"help": "tokenizer folder to go on from, e.g. an autoencoder"})
+    start_from: str | None = field(
+        default=None, metadata={"help": "tokenizer folder to go on from, e.g. an autoencoder"}
+    )
     train_masks: int = field(default=20_000, metadata={"help": "masks to compose for training (cached in output_dir)"})
     test_masks: int = field(default=500, metadata={"help": "masks of test sprites to evaluate on"})
     photos: str | None = field(default=None, metadata={"help": "folder of pictures to mix in"})
@@ -39,9 +42,15 @@ class TokenizerArguments:
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "per level"})
     patch_nums: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "sides of the scales"})
     latent_channels: int = field(default=16, metadata={"help": "length of a code"})
-    vocab_size: int = field(default=512, metadata={"help": "number of codes"})
-    autoencoder_steps: int = field(default=600, metadata={"help": "first steps, without the quantiser"})
-    rate_weight: float = field(default=0.06, metadata={"help": "price of a nat, in squared distance"})
+    vocab_size: int = field(default=1024, metadata={"help": "number of codes"})
+    autoencoder_steps: int = field(default=2000, metadata={"help": "first steps, without the quantiser"})
+    joint_steps: int = field(
+        default=1000, metadata={"help": "steps in which encoder and decoder move together, after the codes"}
+    )
+    commitment_weight: float = field(
+        default=5.0, metadata={"help": "pull of the latent to its code; too small, and the latent grows without end"}
+    )
+    rate_weight: float = field(default=0.03, metadata={"help": "price of a nat, in squared distance"})
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )
@@ -87,6 +96,21 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
 
 
 @torch.no_grad()
+def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Codes a latent as it is; how often each code was chosen at each scale (K, V), the sums (V, D) of the vectors
+    that chose it, and the squared error left over."""
+    hits, sums = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(quantizer.embedding.weight)
+    rest = f_BDhw
+    for scale in range(len(quantizer.patch_nums)):
+        vectors = quantizer.rest_at_scale(rest, scale)
+        ids = quantizer.nearest(vectors, scale)
+        hits[scale] += torch.bincount(ids, minlength=hits.shape[1])
+        sums.index_add_(0, ids, vectors)
+        rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
+    return hits, sums, float(rest.square().sum())
+
+
+@torch.no_grad()
 def fit_codebook(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, iterations: int = 9, restarts: int = 3) -> float:
     """Lloyd iterations of entropy-constrained residual quantisation on latents, coarse scales first.
 
@@ -101,15 +125,9 @@ def fit_codebook(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, iteration
         quantizer.rate_weight = 0.0 if first else rate
         if first:
             quantizer.restart_unused(f_BDhw[:256])
-        hits, sums, error = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(codebook), 0.0
-        for rest in f_BDhw.split(256):
-            for scale in range(len(quantizer.patch_nums)):
-                vectors = quantizer.rest_at_scale(rest, scale)
-                ids = quantizer.nearest(vectors, scale)
-                hits[scale] += torch.bincount(ids, minlength=len(codebook))
-                sums.index_add_(0, ids, vectors)
-                rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
-            error += float(rest.square().sum()) / f_BDhw.numel()
+        parts = [assign(quantizer, part) for part in f_BDhw.split(256)]
+        hits, sums = sum(part[0] for part in parts), sum(part[1] for part in parts)
+        error = sum(part[2] for part in parts) / f_BDhw.numel()
         count = hits.sum(0)
         used = count > 0
         codebook[used] = torch.lerp(codebook[used], sums[used] / count[used, None], 1.0 if first else 0.5)
@@ -134,13 +152,16 @@ class TokenizerTrainer(Trainer):
         return int(rng.integers(2, scales)) if scales > 2 and rng.random() < self.recipe.scale_dropout else None
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        step = self.state.global_step - self.recipe.autoencoder_steps  # negative before the quantiser
-        if step == 0 and not self.recipe.decoder_only:
+        recipe = self.recipe
+        step = self.state.global_step - recipe.autoencoder_steps  # negative before the quantiser
+        if step >= 0:
+            model.quantize.requires_grad_(False)  # codes that follow the latent, and a latent that flees them, grow
+        if step == 0 and not recipe.decoder_only:
             self.fit_codebook(model)
             self.optimizer.state.clear()  # the moments of the autoencoder's small gradients
-        if step >= 0:
-            for part in (model.encoder, model.quant_conv, model.quantize):
-                part.requires_grad_(False)
+        if step >= recipe.joint_steps or recipe.decoder_only:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
         outputs = model(**inputs, num_scales=self.num_scales_at(step), masks=not self.recipe.photos)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
@@ -162,9 +183,18 @@ class TokenizerTrainer(Trainer):
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
-        changes = {} if recipe.decoder_only else {"rate_weight": recipe.rate_weight}
-        return VARTokenizer.from_pretrained(recipe.start_from, **changes)
-    config = VARTokenizerConfig(
+        if recipe.decoder_only:
+            return VARTokenizer.from_pretrained(recipe.start_from)
+        model = VARTokenizer.from_pretrained(recipe.start_from)
+        fresh = VARTokenizer(new_config(recipe))  # the codebook may have another size
+        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quantize.")}
+        fresh.load_state_dict(own, strict=False)
+        return fresh
+    return VARTokenizer(new_config(recipe))
+
+
+def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
+    return VARTokenizerConfig(
         image_size=recipe.image_size,
         base_channels=recipe.base_channels,
         channel_multipliers=recipe.channel_multipliers,
@@ -175,8 +205,8 @@ def build(recipe: TokenizerArguments) -> VARTokenizer:
         vocab_size=recipe.vocab_size,
         patch_nums=recipe.patch_nums,
         rate_weight=recipe.rate_weight,
+        commitment_weight=recipe.commitment_weight,
     )
-    return VARTokenizer(config)
 
 
 def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
@@ -197,8 +227,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
         recipe=recipe,
         test_masks=test_masks,
     )
-    resume = any(output.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.evaluate()
     model.save_pretrained(output)
 

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from tiny import (
     CAT,
     CODES,
@@ -147,6 +148,26 @@ class TestSampledPictures:
         assert not torch.equal(sampled.sequences[0], sampled.sequences[1])
 
 
+class TestLogitAdjustment:
+    def test_without_recorded_usage_nothing_changes(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        net.model.quantizer.ema_vocab_hit_SV.zero_()
+        plain = generate(net, prompt, [GEN_START, DONE])
+        adjusted = generate(net, prompt, [GEN_START, DONE], picture_logit_adjustment=5.0)
+        assert torch.equal(plain.sequences, adjusted.sequences)
+
+    def test_the_commonest_code_gives_way(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        plain = generate(net, prompt, [GEN_START, DONE])
+        (start,) = starts_of(plain.sequences[0])
+        first = plain.sequences[0, start + 1] - FIRST_VISUAL
+        net.model.quantizer.ema_vocab_hit_SV[0] = F.one_hot(first, net.config.visual_vocab_size).float()
+        adjusted = generate(net, prompt, [GEN_START, DONE], picture_logit_adjustment=5.0)
+        logits = visual_logits(net, adjusted.sequences[0], start)[0].clone()
+        logits[first] = -torch.inf
+        assert adjusted.sequences[0, start + 1] - FIRST_VISUAL == logits.argmax() != first
+
+
 class TestGuidance:
     NEGATIVE = left_padded([stream(6, 5)])
     GIVEN = {"negative_input_ids": NEGATIVE["input_ids"], "negative_attention_mask": NEGATIVE["attention_mask"]}
@@ -160,6 +181,11 @@ class TestGuidance:
     def test_needs_negative_prompts(self):
         with pytest.raises(ValueError, match="pass negative_input_ids"):
             generate(tiny.model(), left_padded([PROMPTS[1]]), [GEN_START], picture_guidance_scale=2.0)
+
+    def test_both_prompts_open_the_picture_or_neither(self):
+        opened = torch.cat([PROMPTS[1], stream(GEN_START)], 1)
+        with pytest.raises(ValueError, match="both end in <gen_start>"):
+            generate(tiny.model(), left_padded([opened]), [DONE], picture_guidance_scale=2.0, **self.GIVEN)
 
     @both_attentions
     @pytest.mark.parametrize("negative", [stream(6), stream(6, 5, 7, 8, 9, 6, 5, 7)], ids=["shorter", "longer"])

@@ -224,6 +224,22 @@ class TestLoss:
         token = tiny.model(num_scales=num_scales)(**row).visual_loss
         torch.testing.assert_close(token, torch.cat([losses[s : s + length] for s in starts]).mean())
 
+    def test_scales_without_labels_do_not_count(self):
+        net = tiny.model(visual_loss="scale")
+        row = labelled(CAT, GEN_START, *tiny.pictures(1), DONE, prompt=2)
+        row["labels"][0, 3:] = -100  # of the picture only v_1 is left to learn
+        out = net(**row)
+        torch.testing.assert_close(out.visual_loss, F.cross_entropy(out.logits[0, 1:2], row["input_ids"][0, 2:3]))
+
+    def test_head_at_marked_positions_only(self):
+        net = tiny.model(visual_loss="scale")
+        row = labelled(CAT, SURE, GEN_START, *tiny.pictures(1), DONE, prompt=2)
+        keep = F.pad(row["labels"][:, 1:] != -100, (0, 1))
+        part, whole = net(**row, logits_to_keep=keep), net(**row)
+        assert part.logits.shape == (int(keep.sum()), tiny.VOCAB)
+        for name in ("loss", "text_loss", "visual_loss"):
+            torch.testing.assert_close(part[name], whole[name])
+
     @pytest.mark.parametrize("visual_loss", ["token", "scale"])
     @pytest.mark.parametrize(
         "parts, absent",

@@ -140,12 +140,18 @@ def test_training_loss_by_hand():
     out = model(pixels)
     with torch.no_grad():
         latent, f_hats = model.latent(pixels), list(model.quantize.accumulate(out.visual_ids))
-        vq_loss = (1 + 0.25) * sum(F.mse_loss(f_hat, latent) for f_hat in f_hats) / len(f_hats)
+        codebook = sum(F.mse_loss(f_hat, latent) for f_hat in f_hats) / len(f_hats)
+        vq_loss = codebook + 0.25 * F.mse_loss(f_hats[-1], latent)
         picture = model.decode_latent(f_hats[-1])
     torch.testing.assert_close(out.vq_loss, vq_loss)
     torch.testing.assert_close(out.loss, vq_loss + (picture - pixels).abs().mean() + (picture - pixels).square().mean())
     torch.testing.assert_close(out.reconstruction, picture.clamp(-1, 1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(pixels, num_scales=2).reconstruction, model.decode_scales(out.visual_ids)[:, 1])
+    plain = model(pixels, num_scales=0, masks=True)  # an autoencoder, and the loss of masks
+    picture = model.decode_latent(model.latent(pixels))
+    white = F.binary_cross_entropy(torch.sigmoid(4 * picture), (pixels + 1) / 2)
+    torch.testing.assert_close(plain.loss, 2 * white, atol=1e-4, rtol=1e-4)
+    assert plain.vq_loss == 0 and plain.visual_ids is None
 
 
 def test_training_lowers_the_loss_of_unseen_pictures_and_reaches_every_part():

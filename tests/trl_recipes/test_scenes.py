@@ -1,16 +1,14 @@
-"""Composed scenes on a tiny bank that the tests draw themselves."""
+"""Composed scenes on the tiny bank of `tiny_scenes`."""
 
 from __future__ import annotations
 
-import io
-import json
 import pickle
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageDraw
+from tiny_scenes import COLORS
 from torch.utils.data import DataLoader
 
 from trl_recipes.scenes import KIND_WEIGHTS, SceneBank, SceneConfig, SceneDataset, compose_scene
@@ -18,89 +16,10 @@ from trl_recipes.scenes.dataset import flat_expressions
 from trl_recipes.scenes.expressions import sample_expressions
 from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, with_article
 
-COLORS = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 40),
-    "white": (240, 240, 240),
-    "blue": (30, 40, 220),
-    None: (9, 99, 99),
-}
-NOUNS = {
-    "disc": ("round thing", ["dial"]),
-    "stool": ("flat thing", ["plank"]),
-    "bench": ("flat thing", []),
-    "egg": ("round thing", []),
-    "balloon": ("round thing", []),
-}
-VOCABULARY = {
-    "reasoning": {"something you can roll": ["disc", "egg"], "a flat surface": ["stool"]},
-    "irregular_plurals": {},
-    "as_one": {},
-    "parents": {"round thing": ["solid"], "flat thing": ["solid"]},
-}
-SOURCES = (("camera", True), ("sh3d", False), ("drawn", False))
-
-
-def _png(picture: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _shape(noun: str, color: tuple[int, int, int]) -> Image.Image:
-    picture = Image.new("RGBA", (64, 48))
-    draw = ImageDraw.Draw(picture)
-    if noun in ("stool", "bench"):
-        draw.rectangle((6, 10, 58, 40), fill=(*color, 255))
-    else:
-        draw.ellipse((4, 4, 60, 44), fill=(*color, 255))
-    return picture
-
-
-def _sprite_rows() -> list[dict]:
-    rows = []
-    for split, nouns in {
-        "train": ("disc", "stool", "bench", "egg"),
-        "val": ("disc", "stool"),
-        "test": ("disc", "stool", "egg"),
-        "unseen": ("balloon",),
-    }.items():
-        for noun in nouns:
-            category, synonyms = NOUNS[noun]
-            for number, (color, rgb) in enumerate(COLORS.items()):
-                src, photo = SOURCES[number % 3]
-                words = {"noun": noun, "synonyms": synonyms + ["balloon"] * (noun == "egg"), "categories": [category]}
-                origin = {"photo": photo, "src": src, "id": f"{split}:{noun}:{number}", "split": split}
-                rows.append({"image": _png(_shape(noun, rgb)), "color": color, **words, **origin})
-    return rows
-
-
-def _background_rows() -> list[dict]:
-    avoids = {"train": [[], ["egg"], []], "val": [[]], "test": [[]]}
-    return [
-        {
-            "image": _png(Image.new("RGB", (160, 96 + 8 * i), (90, 120, 90))),
-            "floor": 0.4,
-            "avoid": avoid,
-            "split": split,
-        }
-        for split, several in avoids.items()
-        for i, avoid in enumerate(several)
-    ]
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("bank")
-    pq.write_table(pa.Table.from_pylist(_sprite_rows()), path / "sprites.parquet")
-    pq.write_table(pa.Table.from_pylist(_background_rows()), path / "backgrounds.parquet")
-    (path / "vocabulary.json").write_text(json.dumps(VOCABULARY))
-    return path
-
-
-@pytest.fixture(scope="module")
-def bank(folder):
-    return SceneBank.from_folder(folder, "train")
+def bank(bank_folder):
+    return SceneBank.from_folder(bank_folder, "train")
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +58,10 @@ def _same(one: dict, other: dict) -> bool:
     return one["image"].tobytes() == other["image"].tobytes() and told(one) == told(other)
 
 
-def test_an_item_depends_on_seed_and_index_alone(folder, bank):
+def test_an_item_depends_on_seed_and_index_alone(bank_folder, bank):
     config = SceneConfig(image_size=96)
     first = SceneDataset(bank, config, seed=3, length=8)
-    again = SceneDataset(SceneBank.from_folder(folder, "train"), config, seed=3, length=50)
+    again = SceneDataset(SceneBank.from_folder(bank_folder, "train"), config, seed=3, length=50)
     wanted = [first[i] for i in range(4)]
     assert all(_same(wanted[i], again[i]) for i in (3, 1, 0, 2))
     assert not _same(wanted[0], wanted[1])
@@ -315,8 +234,8 @@ def test_every_kind_comes_up_and_none_stays_rare(spoken):
     assert 0.02 < kinds.count("none") / len(kinds) < 0.2
 
 
-def test_splits_share_no_identity_and_unseen_nouns_stay_unseen(folder):
-    banks = {split: SceneBank.from_folder(folder, split) for split in ("train", "val", "test", "unseen")}
+def test_splits_share_no_identity_and_unseen_nouns_stay_unseen(bank_folder):
+    banks = {split: SceneBank.from_folder(bank_folder, split) for split in ("train", "val", "test", "unseen")}
     owned = {split: {one.id for one in it.sprites if one.target} for split, it in banks.items()}
     names = list(owned)
     assert all(not owned[a] & owned[b] for i, a in enumerate(names) for b in names[i + 1 :])
@@ -324,8 +243,8 @@ def test_splits_share_no_identity_and_unseen_nouns_stay_unseen(folder):
     assert "balloon" not in said
 
 
-def test_unseen_scenes_mean_unseen_nouns(folder):
-    unseen = SceneBank.from_folder(folder, "unseen")
+def test_unseen_scenes_mean_unseen_nouns(bank_folder):
+    unseen = SceneBank.from_folder(bank_folder, "unseen")
     distractors = 0
     for seed in range(40):
         rng = np.random.default_rng(seed)
@@ -337,14 +256,14 @@ def test_unseen_scenes_mean_unseen_nouns(folder):
     assert distractors > 20
 
 
-def test_missing_files_and_columns_are_named(folder, tmp_path):
+def test_missing_files_and_columns_are_named(bank_folder, tmp_path):
     with pytest.raises(ValueError, match=r"sprites\.parquet.*[Bb]uild"):
         SceneBank.from_folder(tmp_path, "train")
     pq.write_table(pa.table({"noun": ["disc"]}), tmp_path / "sprites.parquet")
     with pytest.raises(ValueError, match=r"lacks the column.*image"):
         SceneBank.from_folder(tmp_path, "train")
     with pytest.raises(ValueError, match="Unknown split 'dev'"):
-        SceneBank.from_folder(folder, "dev")
+        SceneBank.from_folder(bank_folder, "dev")
 
 
 def test_a_schedule_changes_the_preset_at_its_indices(bank):

@@ -3,11 +3,9 @@
 No weight is rigged and no logits are forced, so that the program is tested on the path that a user takes.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import tiny
 import torch
 from PIL import Image
@@ -19,6 +17,7 @@ from trl_recipes.text_tokenizer import train_text_tokenizer
 
 SIZE = (60, 40)  # width and height of the photograph
 REQUESTS = ["the left square", "the ball on the right"]
+BOTH = "both shapes"  # answered with two masks
 ABSENT = {"the whale": "There is no whale.", "the plane": "There is no plane."}
 
 
@@ -37,7 +36,13 @@ def true_masks() -> list[np.ndarray]:
 
 def build() -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
     """Random weights; images of 28 px, pictures of 4 scales."""
-    words = [*REQUESTS, *ABSENT, *ABSENT.values(), "Please segment in this image. Sure, the segmentation result: ."]
+    words = [
+        *REQUESTS,
+        BOTH,
+        *ABSENT,
+        *ABSENT.values(),
+        "Please segment in this image. Sure, the segmentation result: .",
+    ]
     visual_tokenizer = tiny.visual_tokenizer()
     text_tokenizer = train_text_tokenizer(words, 340, tiny.CODES, context=256)
     side = {"height": tiny.IMAGE_PIXELS, "width": tiny.IMAGE_PIXELS}
@@ -70,6 +75,10 @@ def lessons(processor: ARGenSegProcessor) -> dict[str, torch.Tensor]:
     chats: list[Any] = []
     for prompt, mask in zip(REQUESTS, true_masks(), strict=True):
         chats.append(processor.build_segmentation_conversation(image, prompt, mask))
+    masks = [{"type": "mask", "mask": mask} for mask in true_masks()]
+    before, after = ({"type": "text", "text": text} for text in processor.segmentation_answer.split("{mask}"))
+    drawn = {"role": "assistant", "content": [before, *masks, after]}
+    chats.append([*processor.build_segmentation_conversation(image, BOTH), drawn])
     for prompt, answer in ABSENT.items():
         said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         chats.append([*processor.build_segmentation_conversation(image, prompt), said])
@@ -89,28 +98,3 @@ def learn(model: ARGenSegForConditionalGeneration, batch: dict[str, torch.Tensor
         optimizer.step()
         optimizer.zero_grad()
     raise AssertionError(f"the toy model did not learn its photograph: the loss is still {loss.item():.3f}")
-
-
-@pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy model and its processor, saved like any other."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("toy")
-    model, processor = build()
-    learn(model, lessons(processor))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toy_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "toy.png"
-    photograph().save(path)
-    return path
-
-
-@pytest.fixture
-def toy_masks() -> list[np.ndarray]:
-    """The true masks of the first and second request, (40, 60) bool."""
-    return true_masks()

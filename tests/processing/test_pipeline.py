@@ -1,0 +1,240 @@
+"""`pipeline("image-segmentation")` with text prompts, on a toy model that has learned one photograph."""
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import BOTH, REQUESTS
+from transformers import (
+    AutoModelForImageSegmentation,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    ImageSegmentationPipeline,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessorPil,
+    pipeline,
+)
+from transformers.pipelines.pt_utils import KeyDataset
+
+from modeling_argenseg import ARGenSegForConditionalGeneration, ARGenSegPipeline
+
+SQUARE, BALL = REQUESTS
+WHALE = "the whale"
+
+
+@pytest.fixture(scope="module")
+def pipe(toy_folder: Path) -> Any:
+    return pipeline("image-segmentation", model=str(toy_folder))
+
+
+@pytest.fixture
+def photograph(toy_image: Path) -> Image.Image:
+    return Image.open(toy_image)
+
+
+@pytest.fixture
+def expected(pipe: Any, toy_masks: list[np.ndarray]) -> list[np.ndarray]:
+    """What the tokens of the true masks, which the model has learned, decode to."""
+    return pipe.processor.decode_masks(pipe.processor.encode_masks(toy_masks), [mask.shape for mask in toy_masks])[1]
+
+
+@pytest.fixture
+def encoded(pipe: Any) -> Iterator[list[int]]:
+    """How many images went through the vision tower, call by call."""
+    counts: list[int] = []
+    tower = pipe.model.model.vlm.vision_tower
+    hook = tower.register_forward_pre_hook(
+        lambda _, args, kwargs: counts.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    yield counts
+    hook.remove()
+
+
+def simple(answers: Any) -> Any:
+    """Answers with masks as bytes and rounded scores, to be compared."""
+    if isinstance(answers, dict):
+        return answers["label"], round(answers["score"], 4), answers["mask"].size, answers["mask"].tobytes()
+    return [simple(one) for one in answers]
+
+
+def test_one_prompt(pipe: Any, toy_image: Path, expected: list[np.ndarray]) -> None:
+    answers = pipe(str(toy_image), text=SQUARE)
+    assert isinstance(pipe, ARGenSegPipeline) and [set(one) for one in answers] == [{"label", "score", "mask"}]
+    assert answers[0]["label"] == SQUARE and 0.5 < answers[0]["score"] <= 1
+    assert answers[0]["mask"].mode == "L"
+    np.testing.assert_array_equal(np.asarray(answers[0]["mask"]), expected[0] * 255)
+
+
+def test_nothing_there_is_an_empty_list(pipe: Any, photograph: Image.Image) -> None:
+    assert pipe(photograph, text=WHALE) == []
+    assert pipe(photograph, text=[]) == []
+    assert pipe([photograph, photograph], text=WHALE) == [[], []]
+    assert pipe([]) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_several_prompts_encode_the_image_once(
+    pipe: Any, photograph: Image.Image, expected: list[np.ndarray], encoded: list[int], batch_size: int
+) -> None:
+    answers = pipe(photograph, text=[BALL, WHALE, SQUARE], batch_size=batch_size)
+    assert encoded == [1]
+    assert [one["label"] for one in answers] == [BALL, SQUARE]
+    for answer, mask in zip(answers, expected[::-1], strict=True):
+        np.testing.assert_array_equal(np.asarray(answer["mask"]), mask * 255)
+
+
+@pytest.mark.parametrize(("batch_size", "calls"), [(1, [1, 1, 1]), (2, [1, 2]), (3, [2, 1]), (9, [3])])
+def test_batch_is_single(
+    pipe: Any, photograph: Image.Image, toy_image: Path, encoded: list[int], batch_size: int, calls: list[int]
+) -> None:
+    """Requests are packed across images of any size; each image is encoded once, with those it is first needed with."""
+    images = [toy_image, photograph.resize((90, 50)), np.asarray(photograph)]
+    texts = [[BALL, SQUARE], WHALE, [SQUARE, BOTH]]
+    single = [pipe(image, text=text) for image, text in zip(images, texts, strict=True)]
+    encoded.clear()
+    assert simple(pipe(images, text=texts, batch_size=batch_size)) == simple(single)
+    assert encoded == calls
+    assert [len(one) for one in single] == [2, 0, 2]
+
+
+def test_several_pictures_for_one_prompt(pipe: Any, photograph: Image.Image, expected: list[np.ndarray]) -> None:
+    union = pipe(photograph, text=BOTH)
+    instances = pipe(photograph, text=BOTH, multi_mask="instances")
+    assert [one["label"] for one in union + instances] == [BOTH] * 3
+    np.testing.assert_array_equal(np.asarray(union[0]["mask"]) > 0, expected[0] | expected[1])
+    assert union[0]["score"] == pytest.approx(np.mean([one["score"] for one in instances]))
+    for answer, mask in zip(instances, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(answer["mask"]) > 0, mask)
+
+
+def test_every_kind_of_input(pipe: Any, photograph: Image.Image, toy_image: Path) -> None:
+    one = simple(pipe(photograph, text=SQUARE))
+    table = datasets.Dataset.from_dict(
+        {"image": [str(toy_image)] * 2, "text": [SQUARE, BALL], "number": [0, 1]}
+    ).cast_column("image", datasets.Image())
+    two = [one, simple(pipe(photograph, text=BALL))]
+    item = {"image": photograph, "text": SQUARE}
+    assert simple(pipe(toy_image, text=SQUARE)) == one  # a Path
+    assert simple(pipe(images=photograph, text=SQUARE)) == one
+    assert simple(pipe(item)) == one
+    assert simple(pipe(torch.from_numpy(np.array(photograph)), text=SQUARE)) == one
+    assert simple(pipe([item, item], batch_size=2)) == [one, one]
+    assert simple(pipe(np.stack([photograph, photograph]), text=SQUARE)) == [one, one]
+    assert simple(pipe((path for path in [toy_image, toy_image]), text=(text for text in [SQUARE, BALL]))) == two
+    assert simple(pipe(table["image"], text=table["text"], batch_size=2)) == two
+    assert simple(pipe(KeyDataset(table, "image"), text=SQUARE)) == [one, one]
+    assert simple(pipe(table)) == two
+    assert simple(pipe(table.to_iterable_dataset(), batch_size=2)) == two
+
+
+def test_url(pipe: Any, toy_image: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(toy_image.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        answers = pipe(f"http://127.0.0.1:{server.server_port}/{toy_image.name}", text=SQUARE)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert simple(answers) == simple(pipe(toy_image, text=SQUARE))
+
+
+def test_streams_are_consumed_as_they_are_asked_for(pipe: Any, photograph: Image.Image) -> None:
+    taken = []
+
+    def endless() -> Iterator[Image.Image]:
+        while True:
+            taken.append(1)
+            yield photograph
+
+    answers = pipe(endless(), text=SQUARE, batch_size=2)
+    assert next(answers)[0]["label"] == SQUARE
+    assert len(taken) <= 3
+
+
+def test_options(pipe: Any, photograph: Image.Image, toy_folder: Path) -> None:
+    score = pipe(photograph, text=SQUARE)[0]["score"]
+    assert len(pipe(photograph, text=SQUARE, threshold=score - 1e-3)) == 1
+    assert pipe(photograph, text=SQUARE, threshold=min(score + 1e-3, 1.1)) == []
+    assert np.asarray(pipe(photograph, text=SQUARE, mask_threshold=-1)[0]["mask"]).all()
+    assert pipe(photograph, text=SQUARE, mask_threshold=1) == []  # drawn, but all black
+    assert pipe(photograph, text=SQUARE, max_new_tokens=1) == []  # the answer ends before its picture
+    assert pipe(photograph, text=SQUARE, generate_kwargs={"max_new_tokens": 1}) == []
+    assert pipe(photograph, text=SQUARE, picture_do_sample=True, picture_top_k=1)[0]["score"] == pytest.approx(score)
+    made = pipeline(
+        "image-segmentation", model=str(toy_folder), text=BOTH, multi_mask="instances", batch_size=2, max_new_tokens=30
+    )
+    assert simple(made(photograph)) == simple(pipe(photograph, text=BOTH, multi_mask="instances"))
+
+
+def test_half_precision(toy_folder: Path, photograph: Image.Image) -> None:
+    pipe = pipeline("image-segmentation", model=str(toy_folder), dtype=torch.bfloat16)
+    assert pipe.model.dtype == torch.bfloat16 and pipe.processor.visual_tokenizer.dtype == torch.float32
+    assert [one["label"] for one in pipe(photograph, text=[SQUARE, WHALE])] == [SQUARE]
+
+
+def test_mistakes(pipe: Any, photograph: Image.Image) -> None:
+    cases: list[tuple[Any, dict, type[Exception], str]] = [
+        (None, {"text": SQUARE}, ValueError, "needs an image"),
+        (photograph, {}, ValueError, "say what to segment"),
+        (photograph, {"text": "  "}, ValueError, "prompt is empty"),
+        (photograph, {"text": [SQUARE, ""]}, ValueError, "prompt is empty"),
+        (photograph, {"text": SQUARE, "multi_mask": "all"}, ValueError, "multi_mask must be one of"),
+        (photograph, {"text": SQUARE, "treshold": 0.1}, TypeError, "unknown options \\['treshold'\\]"),
+        ([photograph] * 2, {"text": [SQUARE] * 3}, ValueError, "got 2 images and 3 texts"),
+        (np.stack([photograph] * 2), {"text": [SQUARE]}, ValueError, "got 2 images and 1 texts"),
+        ("nowhere.png", {"text": SQUARE}, ValueError, "nowhere.png"),
+        ({"picture": photograph}, {}, ValueError, "needs the key 'image'"),
+    ]
+    for inputs, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            pipe(inputs, **options)
+
+
+def test_model_objects(pipe: Any, toy_folder: Path, photograph: Image.Image) -> None:
+    answers = simple(pipe(photograph, text=SQUARE))
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder)
+    assert simple(pipeline("image-segmentation", model=model)(photograph, text=SQUARE)) == answers
+    processor = AutoProcessor.from_pretrained(toy_folder)
+    made = pipeline("image-segmentation", model=model, processor=processor)
+    assert made.processor is processor and simple(made(photograph, text=SQUARE)) == answers
+    nameless = ARGenSegForConditionalGeneration(model.config)
+    nameless.name_or_path = ""
+    with pytest.raises(ValueError, match="needs a processor"):
+        pipeline("image-segmentation", model=nameless)
+    processor._vq_model = None
+    with pytest.raises(ValueError, match="no visual tokenizer"):
+        pipeline("image-segmentation", model=model, processor=processor)
+
+
+def test_saved_pipeline(pipe: Any, photograph: Image.Image, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("image-segmentation", model=str(tmp_path))
+    assert simple(again(photograph, text=[SQUARE, BALL])) == simple(pipe(photograph, text=[SQUARE, BALL]))
+    assert type(AutoModelForImageSegmentation.from_pretrained(tmp_path)) is ARGenSegForConditionalGeneration
+
+
+def test_other_models_keep_their_pipeline(pipe: Any, photograph: Image.Image, tmp_path: Path) -> None:
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, num_labels=3
+    )
+    model = SegformerForSemanticSegmentation(config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no image processor"):
+        pipeline("image-segmentation", model=str(tmp_path))
+    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    other = pipeline("image-segmentation", model=str(tmp_path))
+    assert type(other) is ImageSegmentationPipeline
+    stock = ImageSegmentationPipeline(model.eval(), image_processor=other.image_processor, task="image-segmentation")
+    drawn = [[{**segment, "score": 0.0} for segment in made(photograph)] for made in (other, stock)]
+    assert drawn[0] and simple(drawn[0]) == simple(drawn[1])
+    assert pipe(photograph, text=SQUARE)

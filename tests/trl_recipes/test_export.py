@@ -1,0 +1,106 @@
+"""Published folders: complete, half the size, and still the same model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_argenseg import ARGenSegForConditionalGeneration
+from trl_recipes.evaluate_scenes import draw, union
+from trl_recipes.export import export, store_in_half
+
+FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "visual_tokenizer/config.json",
+    "visual_tokenizer/model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(learned_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub_cards")
+    (folder / "README.md").write_text("the card")
+    return export(learned_folder, folder)
+
+
+def test_the_folder_holds_what_a_user_needs_and_nothing_of_the_training(exported):
+    files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert files >= FILES
+    assert {name for name in files - FILES if not name.endswith(".py")} == {"README.md"}  # code may be there
+    assert (exported / "README.md").read_text() == "the card"
+
+
+def test_no_file_tells_where_it_was_made(exported, learned_folder):
+    for name in FILES:
+        content = (exported / name).read_bytes()
+        for folder in (learned_folder, exported):
+            assert str(folder).encode() not in content, name
+
+
+def test_weights_are_half_precision_in_the_file_but_for_the_codes(exported):
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no dict)
+    codes = {name for name in kinds if ".quantizer." in name}
+    assert len(codes) > 2 and len(kinds) > 100
+    assert {kinds[name] for name in codes} == {torch.float32}
+    assert {kind for name, kind in kinds.items() if name not in codes} == {torch.float16}
+    pictures = load_file(exported / "visual_tokenizer" / "model.safetensors")
+    assert {tensor.dtype for tensor in pictures.values()} == {torch.float32}
+
+
+def test_the_model_loads_in_single_precision_and_whole(exported, learned_folder):
+    model, info = AutoModelForImageTextToText.from_pretrained(exported, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    trained = ARGenSegForConditionalGeneration.from_pretrained(learned_folder).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        expected = trained[name] if ".quantizer." in name else trained[name].half().float()
+        assert torch.equal(tensor, expected), name
+    generation = model.generation_config
+    assert generation.max_new_tokens == 48
+    assert generation.eos_token_id == AutoProcessor.from_pretrained(exported).tokenizer.eos_token_id
+
+
+def test_the_answers_are_those_of_the_trained_model(exported, learned_folder, known_scenes):
+    item = known_scenes[0]
+    samples = [{"image": item["image"], "text": expression["text"]} for expression in item["expressions"]]
+    answers = []
+    for folder in (exported, learned_folder):
+        model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        answers.append(draw(model, processor, samples))
+    assert any(union(answer) is not None for answer in answers[1])
+    for ours, theirs in zip(*answers, strict=True):
+        assert ours["text"] == theirs["text"] and len(ours["segments"]) == len(theirs["segments"])
+        for one, other in zip(ours["segments"], theirs["segments"], strict=True):
+            assert (one["mask"] != other["mask"]).mean() < 0.01
+            assert one["score"] == pytest.approx(other["score"], abs=0.01)
+
+
+def test_values_beyond_half_precision_are_refused(learned_folder, tmp_path):
+    large = tmp_path / "large"
+    shutil.copytree(learned_folder, large, ignore=shutil.ignore_patterns("checkpoint-*"))
+    model = ARGenSegForConditionalGeneration.from_pretrained(large)
+    torch.nn.init.constant_(model.model.scale_embedding.weight, 1e6)
+    model.save_pretrained(large)
+    with pytest.raises(ValueError, match="scale_embedding.weight holds values beyond"):
+        export(large, tmp_path / "out")
+
+
+def test_a_folder_that_would_load_in_half_precision_is_refused(exported, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(exported / name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="bfloat16"):
+        store_in_half(tmp_path)

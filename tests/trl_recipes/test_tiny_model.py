@@ -1,0 +1,95 @@
+"""The small model of the recipes as it begins, and with another codebook."""
+
+import pytest
+import tiny_scenes
+import torch
+
+from processing import ARGenSegProcessor
+from trl_recipes.scene_samples import SceneCollator, SceneSamples
+from trl_recipes.tiny_model import adopt_visual_tokenizer, sines
+from trl_recipes.train_scenes import load_or_build
+
+
+def test_the_model_draws_with_the_codebook_of_the_tokenizer(parts):
+    model, processor = parts
+    assert torch.equal(model.model.quantizer.embedding.weight, processor.visual_tokenizer.quantize.embedding.weight)
+    assert model.config.visual_token_offset + 17 == model.config.text_config.vocab_size == len(processor.tokenizer)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if ".quantizer." in name or ".trunk." in name}
+
+
+def test_cells_at_the_same_place_have_the_same_code_of_place():
+    codes = sines([1, 3], 64)
+    assert codes.shape == (10, 64)
+    torch.testing.assert_close(codes[0], codes[5])  # the only cell and the middle one of nine
+    assert torch.cdist(codes[1:], codes[1:]).fill_diagonal_(9).min() > 0.5
+
+
+def test_the_text_tokenizer_writes_any_text_back(parts):
+    tokenizer = parts[1].tokenizer
+    text = "Please segment the  Äpfel 🍎 in this image.\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer("Please segment the disc in this image.")["input_ids"]) < 20  # its own wording is short
+
+
+@pytest.fixture
+def fresh(bank_folder, tokenizer_folder, known_scenes):
+    """A model and processor that a test may change."""
+    model, processor = load_or_build(tiny_scenes.scene_arguments(bank_folder, tokenizer_folder), known_scenes)
+    model.config.num_scales = None
+    return model, processor
+
+
+def test_a_tokenizer_with_the_same_codes_changes_only_how_pictures_look(fresh, tmp_path):
+    model, processor = fresh
+    changed = tiny_scenes.grey_tokenizer()
+    torch.nn.init.constant_(changed.decoder.conv_out.bias, -9)
+    changed.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    same, processor = adopt_visual_tokenizer(model, processor, str(tmp_path))
+    assert same is model and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert processor.visual_tokenizer.decoder.conv_out.bias.eq(-9).all()
+
+
+def test_another_codebook_keeps_all_that_is_not_about_codes(fresh, known_scenes, tmp_path):
+    model, processor = fresh
+    tiny_scenes.grey_tokenizer(codes=33).save_pretrained(tmp_path)
+    first, old = processor.visual_token_offset, {name: t.clone() for name, t in model.state_dict().items()}
+    grown, processor = adopt_visual_tokenizer(model, processor, str(tmp_path))
+
+    about_codes = ("embed_tokens", "lm_head", ".quantizer.", ".generation_projector.")
+    for name, tensor in grown.state_dict().items():
+        if not any(part in name for part in about_codes):
+            assert torch.equal(tensor, old[name]), name
+        elif tensor.shape[0] == first + 33:
+            assert torch.equal(tensor[:first], old[name][:first])
+            assert not torch.isclose(tensor[first : first + 17], old[name][first:]).any(1).all()
+    assert torch.equal(grown.model.quantizer.embedding.weight[:, 0], torch.linspace(-2, 2, 33))
+    assert processor.visual_vocab_size == 33 and processor.visual_token_offset == first
+    assert len(processor.tokenizer) == grown.config.text_config.vocab_size == first + 33
+
+    sample = SceneSamples(known_scenes, processor)[0]
+    batch = SceneCollator(processor.tokenizer.pad_token_id)([sample])
+    index = batch.pop("image_index")
+    loss = grown(**batch | {"pixel_values": batch["pixel_values"][index]}).loss
+    assert loss.isfinite()
+
+
+def test_another_codebook_keeps_the_wording(fresh, tokenizer_folder):
+    model, processor = fresh
+    reworded = ARGenSegProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        processor.visual_tokenizer,
+        image_seq_length=64,
+        segmentation_prompt="Show me {prompt}.",
+        segmentation_answer="Here: {mask}",
+    )
+    _, processor = adopt_visual_tokenizer(model, reworded, str(tokenizer_folder))
+    assert (processor.segmentation_prompt, processor.segmentation_answer) == ("Show me {prompt}.", "Here: {mask}")
+
+
+def test_other_scales_are_refused(fresh, tmp_path):
+    tiny_scenes.grey_tokenizer(sides=(1, 4, 8), codes=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\[1, 4, 8\].*\[1, 2, 4, 8\]"):
+        adopt_visual_tokenizer(*fresh, str(tmp_path))

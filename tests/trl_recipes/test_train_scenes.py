@@ -1,0 +1,196 @@
+"""The scene recipe: the loss over shared images, runs that are killed, and its stages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_scenes
+import torch
+from safetensors.torch import load_file
+
+from processing import ARGenSegProcessor
+from trl_recipes import train_scenes
+from trl_recipes.metrics import SegmentationMetrics
+from trl_recipes.scene_samples import SceneCollator
+from trl_recipes.scenes import flat_expressions
+from trl_recipes.train_scenes import SceneTrainer, curriculum, load_or_build, make_parser
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINT, LAST_STEP = 3, 8  # checkpoints at 3, 6 and 8
+
+
+def plain_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch as any model takes it: one image for each row."""
+    plain = {name: value for name, value in batch.items() if name != "image_index"}
+    return plain | {"pixel_values": batch["pixel_values"][batch["image_index"]]}
+
+
+@pytest.mark.parametrize("visual_loss", ["scale", "token"])
+def test_shared_images_and_a_head_at_the_answers_alone_change_no_gradient(
+    parts, samples, known_scenes, tmp_path, visual_loss
+):
+    model, processor = parts
+    model.config.visual_loss = visual_loss
+    trainer = SceneTrainer(
+        model=model,
+        args=tiny_scenes.training_arguments(tmp_path),
+        train_dataset=samples,
+        processor=processor,
+        validation=flat_expressions(known_scenes, 4),
+    )
+    batch = SceneCollator(processor.tokenizer.pad_token_id)([samples[0], samples[1]])
+    weights = [p for p in model.parameters() if p.requires_grad]
+    plain = model(**plain_inputs(batch)).loss
+    expected = torch.autograd.grad(plain, weights)
+    loss = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_head_runs_where_it_is_told_to(parts, samples):
+    model, processor = parts
+    batch = plain_inputs(SceneCollator(processor.tokenizer.pad_token_id)([samples[0]]))
+    answers = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    with torch.no_grad():
+        whole, part = model(**batch), model(**batch, logits_to_keep=answers)
+    assert part.logits.shape == (int(answers.sum()), len(processor.tokenizer))
+    torch.testing.assert_close(part.logits, whole.logits[answers])
+    for name in ("loss", "text_loss", "visual_loss"):
+        torch.testing.assert_close(part[name], whole[name])
+
+
+def test_each_preset_has_an_equal_part_of_the_run():
+    assert curriculum(["easy", "full", "easy"], 31) == [(0, "easy"), (10, "full"), (20, "easy")]
+    assert curriculum(["full"], 1) == [(0, "full")]
+
+
+@pytest.mark.parametrize("total", [-8, 2])
+def test_a_run_too_short_for_its_presets_is_refused(total):
+    with pytest.raises(ValueError, match="--max_steps"):
+        curriculum(["easy", "medium", "full"], total)
+
+
+def command(bank: Path, tokenizer: Path, output: Path, **changes) -> list[str]:
+    """Arguments of a run of `LAST_STEP` steps; every step is logged."""
+    options = dict(
+        bank=bank, visual_tokenizer=tokenizer, output_dir=output, hidden_size=64, num_layers=1, vision_layers=1,
+        text_vocab_size=300, text_scenes=20, eval_expressions=2, num_scales=3, schedule="easy", use_cpu=True,
+        max_steps=LAST_STEP, save_steps=CHECKPOINT, logging_steps=1, per_device_train_batch_size=1,
+        learning_rate=1e-3, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    return [str(word) for name, value in (options | changes).items() for word in (f"--{name}", value)]
+
+
+def run(*arguments: str) -> None:
+    train_scenes.main(*make_parser().parse_args_into_dataclasses(list(arguments)))
+
+
+@pytest.fixture(scope="module")
+def whole_run(bank_folder, tokenizer_folder, tmp_path_factory) -> Path:
+    """A run that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(*command(bank_folder, tokenizer_folder, folder))
+    return folder
+
+
+def copy_without_end(whole_run: Path, folder: Path) -> Path:
+    """What the run would have left if it had been killed while it wrote its second checkpoint."""
+    for step in (CHECKPOINT, 2 * CHECKPOINT):
+        shutil.copytree(whole_run / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+    (folder / f"checkpoint-{2 * CHECKPOINT}" / "trainer_state.json").unlink()
+    return folder
+
+
+def check_same(folder: Path, whole_run: Path) -> None:
+    """Every logged number and the final weights are those of the run that was not interrupted."""
+    for name in ("loss", "text_loss", "visual_loss", "grad_norm", "learning_rate"):
+        expected = tiny_scenes.logged(whole_run, name)
+        assert list(expected) == list(range(1, LAST_STEP + 1))
+        assert tiny_scenes.logged(folder, name) == pytest.approx(expected, rel=1e-6), name
+    weights, expected = (load_file(path / "model.safetensors") for path in (folder, whole_run))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+
+
+def test_a_run_learns(whole_run):
+    losses = list(tiny_scenes.logged(whole_run).values())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def kill_after(lines: int, arguments: list[str]) -> None:
+    """Starts a run and kills it with SIGKILL once it has logged the loss of that many steps."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-u", "-m", "trl_recipes.train_scenes", *arguments]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            lines -= "'loss'" in line
+            if lines == 0:
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL, f"the run ended by itself: {process.returncode}"
+
+
+def test_a_run_killed_with_sigkill_goes_on_as_if_nothing_had_happened(
+    whole_run, bank_folder, tokenizer_folder, tmp_path
+):
+    arguments = command(bank_folder, tokenizer_folder, tmp_path)
+    kill_after(CHECKPOINT + 1, arguments)
+    written = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert written == [f"checkpoint-{CHECKPOINT}"] and not (tmp_path / "model.safetensors").exists()
+    words = [sys.executable, "-m", "trl_recipes.train_scenes", *arguments]
+    done = subprocess.run(
+        words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("'loss'") == LAST_STEP - CHECKPOINT
+    check_same(tmp_path, whole_run)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(whole_run, bank_folder, tokenizer_folder, tmp_path):
+    run(*command(bank_folder, tokenizer_folder, copy_without_end(whole_run, tmp_path)))
+    check_same(tmp_path, whole_run)
+
+
+def test_the_parts_of_the_loss_are_those_of_the_logged_step(whole_run, bank_folder, tokenizer_folder, tmp_path):
+    run(*command(bank_folder, tokenizer_folder, tmp_path, logging_steps=2, save_steps=LAST_STEP))
+    for name in ("text_loss", "visual_loss"):
+        every = tiny_scenes.logged(whole_run, name)
+        assert tiny_scenes.logged(tmp_path, name) == pytest.approx({step: every[step] for step in (2, 4, 6, 8)})
+
+
+def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, tokenizer_folder, tmp_path):
+    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, start_from=str(whole_run), num_scales=None)
+    model, processor = load_or_build(recipe, None)
+    assert processor.num_visual_tokens == 85 and model.config.picture_length == 85
+    stored, loaded = load_file(whole_run / "model.safetensors"), model.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
+    arguments = command(bank_folder, tokenizer_folder, tmp_path, start_from=whole_run, num_scales=4, max_steps=2)
+    run(*arguments)
+    assert json.loads((tmp_path / "config.json").read_text())["num_scales"] == 4
+    assert json.loads((tmp_path / "processor_config.json").read_text())["num_scales"] == 4
+    first, second = tiny_scenes.logged(whole_run), tiny_scenes.logged(tmp_path)
+    assert list(second) == [1, 2] and second[1] < first[1]  # its text is learned already
+
+
+def test_overfitting_learns_the_requests_it_is_evaluated_on(learned_folder, known_scenes):
+    losses = tiny_scenes.logged(learned_folder)
+    assert losses[1] > 5 and losses[60] < 0.1
+    found = {name: tiny_scenes.logged(learned_folder, f"eval_{name}")[60] for name in ("count", "n_acc", "t_acc")}
+    assert found == {"count": 4, "n_acc": 1, "t_acc": 1}
+    giou = tiny_scenes.logged(learned_folder, "eval_giou")[60]
+    assert giou == pytest.approx(best_giou(learned_folder, known_scenes), abs=0.02)
+
+
+def best_giou(folder: Path, scenes) -> float:
+    """What answers can have at best: the true pictures, of three scales."""
+    processor = ARGenSegProcessor.from_pretrained(folder)
+    metrics = SegmentationMetrics()
+    for expression in scenes[0]["expressions"]:
+        truth = expression["mask"]
+        _, (drawn,) = processor.decode_masks(processor.encode_masks(truth), [truth.shape])
+        metrics.add(drawn, truth)
+    return metrics.compute()["giou"]
