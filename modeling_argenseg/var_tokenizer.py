@@ -175,13 +175,18 @@ def group_norm(config: VARTokenizerConfig, channels: int) -> nn.Module:
     return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
 
 
+class LastConv2d(nn.Conv2d):
+    """Last convolution of a block without normalisation: starts at zero, so that the block starts as the identity."""
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, config: VARTokenizerConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(config, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(config, out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        last = nn.Conv2d if config.norm_num_groups else LastConv2d
+        self.conv2 = last(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -340,14 +345,15 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         if isinstance(module, Phi):
             init.dirac_(module.weight)  # phi begins as the identity: the codebook can be learned at once
             init.zeros_(module.bias)
+        elif isinstance(module, LastConv2d):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             bound = 1 / module.num_embeddings
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, ResnetBlock) and isinstance(module.norm2, nn.Identity):
-            init.zeros_(module.conv2.weight)  # without a norm, blocks begin as the identity (children come first)
         elif isinstance(module, MultiScaleQuantizer):
             init.zeros_(module.ema_vocab_hit_SV)
         else:

@@ -212,3 +212,11 @@ def test_without_norm_and_attention_a_corner_leaves_the_far_corner_alone(groups,
     assert not same.all()
     if local:
         assert same[-2:, -2:].all()
+
+
+@pytest.mark.parametrize("norm_num_groups, zero", [(0, True), (4, False)])
+def test_blocks_without_a_norm_start_as_the_identity(norm_num_groups, zero):
+    model = visual_tokenizer(norm_num_groups=norm_num_groups)
+    block = model.encoder.mid.block_1
+    hidden = torch.randn(1, block.conv1.in_channels, 4, 4)
+    assert torch.equal(block(hidden), hidden) == zero

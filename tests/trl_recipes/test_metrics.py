@@ -4,11 +4,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from trl_recipes.metrics import SegmentationMetrics, best_constant_mask
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+settings.load_profile("unhurried")
 
 MASK = arrays(bool, (3, 4))
 PAIRS = st.lists(st.tuples(st.none() | MASK, MASK), min_size=1, max_size=6)
