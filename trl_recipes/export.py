@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
@@ -38,10 +38,14 @@ def store_in_half(folder: Path) -> None:
         raise ValueError(f"config.json says dtype {config.get('dtype')!r}; export from a float32 model")
 
 
-def export(source: str | Path, output: str | Path) -> Path:
+def export(source: str | Path, output: str | Path, picture_logit_adjustment: float | None = None) -> Path:
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    if picture_logit_adjustment is not None:
+        settings = model.generation_config.to_dict()
+        settings["_from_model_config"] = False  # or transformers would not read entries of ours back
+        model.generation_config = GenerationConfig(**settings, picture_logit_adjustment=picture_logit_adjustment)
     model.save_pretrained(output, save_original_format=False)
     AutoProcessor.from_pretrained(source).save_pretrained(output)
     store_in_half(output)
@@ -52,8 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its processor")
     parser.add_argument("--output", required=True, help="folder to publish, e.g. hub_cards/argenseg-tiny")
+    parser.add_argument(
+        "--picture-logit-adjustment", type=float, help="default of the model's `generate` (chosen on validation scenes)"
+    )
     args = parser.parse_args()
-    folder = export(args.model, args.output)
+    folder = export(args.model, args.output, args.picture_logit_adjustment)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")

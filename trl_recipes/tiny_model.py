@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, GotOcr2ImageProcessorPil, LlamaConfig
+from transformers import AutoModel, GenerationConfig, GotOcr2ImageProcessorPil, LlamaConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_argenseg import (
@@ -70,9 +70,11 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
     load_efficientnet_lite0(model.model.vlm.vision_tower)
     model.set_visual_tokenizer(processor.visual_tokenizer)
     start_at_sines(model)
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    model.generation_config.max_new_tokens = 48
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+        max_new_tokens=48,
+    )
     return model
 
 

@@ -1,0 +1,315 @@
+"""`pipeline("image-segmentation")` with text prompts.
+
+    pipe = pipeline("image-segmentation", model=path)
+    pipe(image, text="the red mug")             # [{"label", "score", "mask"}], empty where nothing is drawn
+    pipe(image, text=["the mug", "the spoon"])  # the image is encoded once; labels tell the prompts apart
+    pipe([image, other], text=["the mug", ["the cup", "the spoon"]], batch_size=8)  # prompts image by image
+
+A request is one image with one prompt; `batch_size` counts requests. Image features are kept until the last request of
+their image is answered.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from os import PathLike
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoProcessor, GenerationConfig, Pipeline
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+
+from .image_inputs import load_image
+
+MULTI_MASK = ("union", "instances")
+# what `pipeline` hands on although it has used it up itself
+NOT_FOR_GENERATE = ("local_files_only",)
+
+
+class ARGenSegPipeline(Pipeline):
+    """Text prompts to masks, in the format of transformers' own image segmentation pipeline.
+
+    Args:
+        model: an `ARGenSegForConditionalGeneration`.
+        processor: its `ARGenSegProcessor`; by default loaded from where the model came from.
+        kwargs: as for any pipeline (`device`, `batch_size`, `num_workers`, options of `generate`), and defaults for the
+            options of a call.
+
+    Raises:
+        ValueError: there is no processor, or it has no visual tokenizer.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = True
+
+    def __init__(self, model: Any, processor: Any = None, **kwargs: Any) -> None:
+        if processor is None:
+            if not model.name_or_path:
+                raise ValueError("the pipeline needs a processor: pass processor=AutoProcessor.from_pretrained(...)")
+            processor = AutoProcessor.from_pretrained(model.name_or_path)
+        if processor.visual_tokenizer is None:
+            raise ValueError("the processor has no visual tokenizer, which turns what is drawn into masks")
+        super().__init__(model, processor=processor, **kwargs)
+        processor.visual_tokenizer.to(self.device)
+        self._generation_defaults.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
+
+    def _sanitize_parameters(
+        self,
+        text: str | list[str] | None = None,
+        multi_mask: str | None = None,
+        threshold: float | None = None,
+        mask_threshold: float | None = None,
+        generate_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, dict, dict]:
+        if multi_mask is not None and multi_mask not in MULTI_MASK:
+            raise ValueError(f"multi_mask must be one of {MULTI_MASK}, got {multi_mask!r}")
+        options = {name: value for name, value in kwargs.items() if name not in NOT_FOR_GENERATE}
+        known = vars(GenerationConfig())
+        unknown = [name for name in options if name not in known and not name.startswith("picture_")]
+        if unknown:
+            raise TypeError(f"unknown options {unknown}; options of generate go by their names or in generate_kwargs")
+        forward = {**options, **(generate_kwargs or {})}
+        if mask_threshold is not None:
+            forward["mask_threshold"] = mask_threshold
+        postprocess = {"multi_mask": multi_mask, "threshold": threshold}
+        given = {name: value for name, value in postprocess.items() if value is not None}
+        return {} if text is None else {"text": text}, forward, given
+
+    def __call__(self, inputs: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """Segment images by prompts.
+
+        Args:
+            inputs: an image (`PIL.Image`, path, URL, array, tensor), or several: a list, a generator, a data set or a
+                column of one. Items may also be `{"image": ..., "text": ...}`, which need no `text` beside them.
+            text: for one image, a prompt or a list of prompts. For several images a prompt for all of them, or a list
+                (or column, or generator) that has for each image its prompt or its list of prompts.
+            multi_mask: if the model draws several pictures for one prompt, `"union"` (the default) makes one mask of
+                them, its score their mean; `"instances"` returns each.
+            threshold: masks with a lower score are left out. Default 0: none is.
+            mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
+            generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
+            batch_size: requests (image and prompt) that are answered together. Default 1.
+
+        Returns:
+            for an image a list of `{"label": the prompt, "score": float in [0, 1], "mask": PIL "L", 255 on the object,
+            of the size of the upright image}` in the order of the prompts. A prompt for which nothing, or an all-black
+            picture, is drawn has no entry. For a list of images a list of such lists; for generators and data sets an
+            iterator over them, which works as it is consumed.
+
+        Raises:
+            ValueError: no text, an empty prompt, images and texts that differ in number, an unreadable image.
+            TypeError: an unknown option.
+        """
+        inputs = kwargs.pop("images", inputs)
+        if inputs is None:
+            raise ValueError("the pipeline needs an image, or several")
+        if _is_one(inputs):
+            return super().__call__([_item(inputs, text)], **kwargs)[0]
+        if isinstance(inputs, (list, tuple)):
+            items = list(_items(inputs, text))
+            return super().__call__(items, **kwargs) if items else []
+        if isinstance(inputs, Sized) and hasattr(inputs, "__getitem__"):
+            return super().__call__(_ItemsOf(inputs, text), **kwargs)
+        return super().__call__(_items(inputs, text), **kwargs)
+
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator[list[dict]]:
+        """Answers image by image. Requests are batched across images, which transformers' own iterator cannot do."""
+        if isinstance(inputs, Sized):
+            images: Any = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            images = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)  # each worker would run through the whole stream
+        loader = DataLoader(images, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is)
+        pending: deque[dict] = deque()  # images, in order, whose requests are not all answered
+        requests: list[tuple[dict, int]] = []
+        for picture in loader:
+            pending.append(picture)
+            for number in range(len(picture["labels"])):
+                requests.append((picture, number))
+                if len(requests) == batch_size:
+                    self._answer(requests, forward_params)
+                    requests = []
+            while pending and len(pending[0]["answers"]) == len(pending[0]["labels"]):
+                yield self.postprocess(pending.popleft(), **postprocess_params)
+        if requests:
+            self._answer(requests, forward_params)
+        for picture in pending:
+            yield self.postprocess(picture, **postprocess_params)
+
+    def preprocess(self, item: Mapping, text: str | list[str] | None = None) -> dict[str, Any]:
+        """One image and its prompts.
+
+        Returns:
+            `pixel_values` (tiles, 3, H, W), `input_ids` (one tensor (L,) for each prompt), `labels` (the prompts),
+            `size` (height, width) of the upright image, and `answers`, empty, to be filled in the order of the prompts.
+        """
+        prompts = text if item.get("text") is None else item["text"]
+        if prompts is None:
+            raise ValueError('say what to segment: pipe(image, text="the red mug")')
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        image = load_image(item["image"])
+        picture: dict[str, Any] = {"labels": prompts, "size": image.size[::-1], "answers": []}
+        if not prompts:
+            return picture
+        conversations = [self.processor.build_segmentation_conversation(image, prompt) for prompt in prompts]
+        inputs = self.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True
+        )
+        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+        input_ids = [ids[kept] for ids, kept in rows]
+        tiles = len(inputs["pixel_values"]) // len(prompts)  # every conversation has brought its own, all the same
+        return picture | {"input_ids": input_ids, "pixel_values": inputs["pixel_values"][:tiles]}
+
+    def _answer(self, requests: list[tuple[dict, int]], forward_params: dict) -> None:
+        """Answers requests (image, number of its prompt) together; appends to each image's `answers`."""
+        self._encode([picture for picture, _ in requests])
+        options = dict(forward_params)
+        threshold = options.pop("mask_threshold", 0.5)
+        inputs = self.processor.tokenizer.pad(
+            {"input_ids": [picture["input_ids"][number] for picture, number in requests]},
+            padding_side="left",
+            return_tensors="pt",
+        )
+        features = [tile for picture, _ in requests for tile in picture["features"]]
+        outputs = self.forward({**inputs, "features": features}, **options)
+        answers = self.processor.post_process_segmentation(
+            SimpleNamespace(**outputs),
+            target_sizes=[picture["size"] for picture, _ in requests],
+            labels=[picture["labels"][number] for picture, number in requests],
+            threshold=threshold,
+            prompt_length=inputs["input_ids"].shape[1],
+        )
+        for (picture, _), answer in zip(requests, answers, strict=True):
+            picture["answers"].append(answer["segments"])
+
+    def _encode(self, pictures: list[dict]) -> None:
+        """Image `features`, one tensor (tokens, hidden) a tile, for those images that have none yet, all at once."""
+        new = list({id(picture): picture for picture in pictures if "features" not in picture}.values())
+        if not new:
+            return
+        counts = [len(picture["pixel_values"]) for picture in new]
+        with self.device_placement(), self.get_inference_context()():
+            pixel_values = torch.cat([picture.pop("pixel_values") for picture in new]).to(self.device, self.dtype)
+            features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+        tiles = iter(features)  # a tensor (tiles, tokens, hidden) or a list of (tokens, hidden)
+        for picture, count in zip(new, counts, strict=True):
+            picture["features"] = [next(tiles) for _ in range(count)]
+
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
+        image = BaseModelOutputWithPooling(pooler_output=torch.cat(model_inputs.pop("features"))[None])
+        options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
+        outputs = self.model.generate(**model_inputs, mm_encoder_outputs={"image": image}, **options)
+        return {"sequences": outputs.sequences, "picture_scores": outputs.picture_scores}
+
+    def postprocess(self, picture: dict[str, Any], multi_mask: str = "union", threshold: float = 0.0) -> list[dict]:
+        """The answers of one image in the pipeline's format."""
+        results = []
+        for label, segments in zip(picture["labels"], picture["answers"], strict=True):
+            masks, scores = [one["mask"] for one in segments], [one["score"] for one in segments]
+            if multi_mask == "union" and masks:
+                masks, scores = [np.logical_or.reduce(masks)], [float(np.mean(scores))]
+            for mask, score in zip(masks, scores, strict=True):
+                if mask.any() and score >= threshold:
+                    white = Image.fromarray(mask.astype(np.uint8) * 255)
+                    results.append({"label": label, "score": score, "mask": white})
+        return results
+
+    def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
+        """Model and processor, with the code that loads this pipeline from the folder."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class SegmentationPipelineDispatch(ImageSegmentationPipeline):
+    """What `pipeline("image-segmentation")` calls once ARGenSeg is registered: makes the pipeline of a model's kind.
+
+    Parts are optional here, because the kinds need different ones; each kind's own pipeline misses what it needs.
+    """
+
+    _load_processor = None
+    _load_image_processor = None
+
+    def __new__(cls, model: Any, processor: Any = None, **kwargs: Any) -> Any:
+        if model.config.model_type == "argenseg":
+            for part in ("tokenizer", "image_processor", "feature_extractor"):  # the processor has its own
+                kwargs.pop(part, None)
+            return ARGenSegPipeline(model, processor, **kwargs)
+        if kwargs.get("image_processor") is None and kwargs.get("feature_extractor") is None:
+            raise ValueError(f"no image processor could be loaded for {model.name_or_path!r}: pass image_processor=")
+        return ImageSegmentationPipeline(model, **kwargs)
+
+
+def _as_it_is(picture: dict) -> dict:
+    return picture
+
+
+def _is_one(inputs: Any) -> bool:
+    """Whether `inputs` is one image (or one item with its text), not several."""
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return inputs.ndim < 4
+    return isinstance(inputs, (str, PathLike, Image.Image, Mapping))
+
+
+def _item(image: Any, text: Any) -> dict[str, Any]:
+    """One image and its text (None: the pipeline's default), from an image or an item that has both."""
+    if not isinstance(image, Mapping):
+        return {"image": image, "text": text}
+    if "image" not in image:
+        raise ValueError(f"an item needs the key 'image', and 'text' unless text= is given; got {sorted(image)}")
+    return {"image": image["image"], "text": image.get("text", text)}
+
+
+def _items(images: Iterable, text: Any) -> Iterator[dict[str, Any]]:
+    """Images with their texts, one by one.
+
+    Raises:
+        ValueError: images and texts differ in number.
+    """
+    if text is None or isinstance(text, str):
+        yield from (_item(image, text) for image in images)
+        return
+    _check_lengths(images, text)
+    yield from (_item(image, one) for image, one in zip(images, text, strict=True))
+
+
+def _check_lengths(images: Any, text: Any) -> None:
+    if isinstance(images, Sized) and isinstance(text, Sized) and len(images) != len(text):
+        raise ValueError(
+            f"got {len(images)} images and {len(text)} texts. For several images, text is one prompt for all of them, "
+            "or a list that has for each image its prompt or its list of prompts"
+        )
+
+
+class _ItemsOf(Dataset):
+    """Images that can be asked for by number (a data set, a column), with their texts."""
+
+    def __init__(self, images: Any, text: Any) -> None:
+        self.images = images
+        self.text = text
+        self.shared = text is None or isinstance(text, str)
+        if not self.shared:
+            _check_lengths(images, text)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _item(self.images[index], self.text if self.shared else self.text[index])

@@ -1,0 +1,186 @@
+"""The half of the processor that knows masks: masks to codebook indices, and generated streams to text and masks."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from .image_inputs import to_list
+from .mask_inputs import load_mask, mask_to_picture, picture_to_map
+
+ENCODE_BATCH = 16  # masks that go through the VQ-VAE at once, so that mapping over a data set stays in memory
+
+
+class SegmentationProcessingMixin:
+    """Methods of `ARGenSegProcessor` around masks.
+
+    Shapes: B rows, L tokens, N masks, T visual tokens of a picture, C channels and S side of a picture.
+    """
+
+    @torch.no_grad()
+    def encode_masks(self, masks: Any, image_sizes: list[tuple[int, int] | None] | None = None) -> torch.Tensor:
+        """Turn masks into visual tokens.
+
+        Args:
+            masks: one mask or N of them; see `load_mask`.
+            image_sizes: (height, width) of the image each mask belongs to, `None` where unknown.
+
+        Returns:
+            long tensor (N, T) of codebook indices; add `visual_token_offset` for token ids.
+
+        Raises:
+            ValueError: a mask is unusable or has another size than its image; there is no visual tokenizer.
+        """
+        model = self._require_visual_tokenizer()
+        masks = [load_mask(mask) for mask in to_list(masks, "mask")]
+        if image_sizes is not None and len(image_sizes) != len(masks):
+            raise ValueError(f"got {len(masks)} masks, but image sizes for {len(image_sizes)}")
+        for mask, size in zip(masks, image_sizes or [None] * len(masks), strict=True):
+            if size is not None and mask.shape != tuple(size):
+                raise ValueError(
+                    f"the mask is {mask.shape[0]}x{mask.shape[1]} (height x width), its image {size[0]}x{size[1]}; "
+                    "give the mask at the size of the upright image"
+                )
+        sizes = self.mask_resize_sizes or [model.config.image_size]
+        channels = model.config.num_channels
+        ids = [torch.empty(0, self.num_visual_tokens, dtype=torch.long)]
+        for start in range(0, len(masks), ENCODE_BATCH):
+            pictures = [mask_to_picture(mask, sizes, channels) for mask in masks[start : start + ENCODE_BATCH]]
+            ids_NT = model.encode(torch.stack(pictures).to(model.device, model.dtype)).cpu()
+            ids.append(ids_NT[:, : self.num_visual_tokens])
+        return torch.cat(ids)
+
+    @torch.no_grad()
+    def decode_masks(
+        self,
+        ids: torch.Tensor,
+        target_sizes: list[tuple[int, int] | None] | None = None,
+        threshold: float = 0.5,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Turn visual tokens into masks, all in one call of the decoder.
+
+        Args:
+            ids: long tensor (N, T) of codebook indices.
+            target_sizes: N pairs (height, width); the picture's own size where `None`.
+            threshold: a pixel belongs to the object where its map is above this.
+
+        Returns:
+            N float32 maps in [0, 1] and N bool masks, of the target sizes.
+
+        Raises:
+            ValueError: ids of a wrong shape or out of the codebook; there is no visual tokenizer.
+        """
+        model = self._require_visual_tokenizer()
+        ids = torch.as_tensor(ids)
+        if ids.ndim != 2 or ids.shape[1] != self.num_visual_tokens:
+            raise ValueError(f"ids must be (N, {self.num_visual_tokens}); got the shape {tuple(ids.shape)}")
+        if len(ids) == 0:
+            return [], []
+        if ids.min() < 0 or ids.max() >= self.visual_vocab_size:
+            raise ValueError(
+                f"ids must be codebook indices, 0 to {self.visual_vocab_size - 1}; from token ids subtract "
+                f"visual_token_offset = {self.visual_token_offset}"
+            )
+        sizes = _sizes(target_sizes, len(ids))
+        pictures_NCSS = model.decode(ids.to(model.device))
+        maps = [picture_to_map(picture, size) for picture, size in zip(pictures_NCSS, sizes, strict=True)]
+        return maps, [white > threshold for white in maps]
+
+    def post_process_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: list[tuple[int, int] | None] | None = None,
+        labels: list[str | list[str] | None] | None = None,
+        threshold: float = 0.5,
+        prompt_length: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Read text and masks out of generated streams.
+
+        Args:
+            outputs: what `generate` returned: `sequences` (B, L), or an object with `.sequences` and, for the scores,
+                `.picture_scores` (per row one float for each picture that was drawn).
+            target_sizes: (height, width) of the image of each row; `None`: masks of the picture's own size.
+            labels: per row one label for all its masks, or a list of labels in the order of the masks.
+            threshold: see `decode_masks`.
+            prompt_length: length of the prompt, if `sequences` hold it: what stands there is no answer. A picture
+                whose `<gen_start>` is the last token of the prompt is.
+
+        Returns:
+            per row `{"text": str, "segments": [{"label": str | None, "mask": bool (H, W), "score": float | None}]}`.
+            An answer without a picture has no segments.
+
+        Raises:
+            ValueError: a sequence was cut inside a picture, or holds visual tokens outside of one; sizes, labels or
+                scores do not fit the rows.
+        """
+        sequences = outputs if isinstance(outputs, (torch.Tensor, np.ndarray, list)) else outputs.sequences
+        rows = [np.asarray(torch.as_tensor(row).cpu()) for row in sequences]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError("sequences must be (B, L): one row of token ids per answer")
+        sizes = _sizes(target_sizes, len(rows))
+        answers = [self._read_answer(index, row, prompt_length or 0) for index, row in enumerate(rows)]
+        counts = [len(pictures) for _, pictures in answers]
+        label_rows = _label_rows(labels, counts)
+        score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
+        mask_rows = self._decode_rows([pictures for _, pictures in answers], sizes, threshold)
+        results = []
+        for (text, _), *row in zip(answers, label_rows, mask_rows, score_rows, strict=True):
+            segments = [{"label": label, "mask": mask, "score": score} for label, mask, score in zip(*row, strict=True)]
+            results.append({"text": text, "segments": segments})
+        return results
+
+    def _decode_rows(self, rows: list[list[np.ndarray]], sizes: list, threshold: float) -> list[list[np.ndarray]]:
+        """The codebook indices (T,) of every picture of every row -> bool masks, decoded together."""
+        codes = [codes for row in rows for codes in row]
+        if not codes:
+            return [[] for _ in rows]
+        picture_sizes = [size for row, size in zip(rows, sizes, strict=True) for _ in row]
+        masks = iter(self.decode_masks(torch.from_numpy(np.stack(codes)), picture_sizes, threshold)[1])
+        return [[next(masks) for _ in row] for row in rows]
+
+    def _read_answer(self, index: int, ids: np.ndarray, prompt_length: int) -> tuple[str, list[np.ndarray]]:
+        """One row (L,) -> its text, and the codebook indices (T,) of each picture it draws."""
+        try:
+            spans = self._pictures.find_pictures(ids, self.num_visual_tokens)
+        except ValueError as error:
+            raise ValueError(f"answer {index}: {error}") from None
+        answer = ids[prompt_length:]
+        text = self.tokenizer.decode(answer[self._pictures.is_text(answer)], skip_special_tokens=True).strip()
+        # a <gen_start> that ends the prompt opens a picture of the answer
+        return text, [span.codes for span in spans if not prompt_length or span.start >= prompt_length - 1]
+
+
+def _sizes(target_sizes: Any, count: int) -> list[tuple[int, int] | None]:
+    if target_sizes is None:
+        return [None] * count
+    if len(target_sizes) != count:
+        raise ValueError(f"target_sizes needs {count} pairs (height, width), one each; got {len(target_sizes)}")
+    sizes: list = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
+    if any(size is not None and (len(size) != 2 or min(size) < 1) for size in sizes):
+        raise ValueError(f"target_sizes must be pairs (height, width) of at least 1; got {sizes}")
+    return sizes
+
+
+def _label_rows(labels: Any, counts: list[int]) -> list[list[str | None]]:
+    """One label per picture; a list shorter than the row's pictures leaves the last ones without."""
+    if labels is None:
+        return [[None] * count for count in counts]
+    if isinstance(labels, str) or len(labels) != len(counts):
+        raise ValueError(f"labels needs one entry for each of the {len(counts)} rows")
+    rows = []
+    for row, count in zip(labels, counts, strict=True):
+        row = [row] * count if row is None or isinstance(row, str) else list(row)
+        rows.append((row + [None] * count)[:count])
+    return rows
+
+
+def _score_rows(scores: Any, counts: list[int]) -> list[list[float | None]]:
+    """One score per picture. Pictures of a prompt come first and have none."""
+    if scores is None:
+        return [[None] * count for count in counts]
+    found = [len(row) for row in scores]
+    if len(found) != len(counts) or any(n > count for n, count in zip(found, counts, strict=True)):
+        raise ValueError(f"picture_scores do not fit: the rows hold {counts} pictures and {found} scores")
+    return [
+        [None] * (count - len(row)) + [float(score) for score in row] for row, count in zip(scores, counts, strict=True)
+    ]
