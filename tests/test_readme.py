@@ -22,7 +22,10 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="needs hub_cards/argenseg-tiny")
 def test_python_runs(tmp_path: Path) -> None:
-    """All Python of the README, in order, offline, in a folder with the checkout's model and photograph."""
+    """All Python of the README, in order, offline, in a folder with the checkout's model and photograph.
+
+    Blocks marked `py` need weights that no checkout has.
+    """
     for name in ("hub_cards", "examples"):
         (tmp_path / name).symlink_to(ROOT / name, target_is_directory=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -3,8 +3,8 @@
     python -m trl_recipes.train_visual_tokenizer --bank BANK --output_dir out/visual_tokenizer --max_steps 3000
 
 Four stages: a plain autoencoder; a codebook fitted to its latents at once (Lloyd iterations) and frozen; encoder and
-decoder together, the latents pulled to the codes; last the decoder alone, on what the codes say. That can be repeated
-(`--decoder_only`) without touching models trained on the codes.
+decoder together, the latents pulled to the codes (off by default: hard to keep stable); last the decoder alone, on what
+the codes say. That can be repeated (`--decoder_only`) without touching models trained on the codes.
 
 What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
@@ -42,7 +42,7 @@ class TokenizerArguments:
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4, 8], metadata={"help": "per level"})
     patch_nums: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "sides of the scales"})
     latent_channels: int = field(default=16, metadata={"help": "length of a code"})
-    vocab_size: int = field(default=1024, metadata={"help": "number of codes"})
+    vocab_size: int = field(default=512, metadata={"help": "number of codes"})
     autoencoder_steps: int = field(default=2000, metadata={"help": "first steps, without the quantiser"})
     joint_steps: int = field(
         default=1000, metadata={"help": "steps in which encoder and decoder move together, after the codes"}
@@ -50,7 +50,7 @@ class TokenizerArguments:
     commitment_weight: float = field(
         default=5.0, metadata={"help": "pull of the latent to its code; too small, and the latent grows without end"}
     )
-    rate_weight: float = field(default=0.03, metadata={"help": "price of a nat, in squared distance"})
+    rate_weight: float = field(default=0.06, metadata={"help": "price of a nat, in squared distance"})
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from trl_recipes.evaluate_scenes import draw, union
@@ -103,3 +103,11 @@ def test_a_folder_that_would_load_in_half_precision_is_refused(exported, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     with pytest.raises(ValueError, match="bfloat16"):
         store_in_half(tmp_path)
+
+
+def test_the_logit_adjustment_survives_loading_and_saving(learned_folder, tmp_path):
+    folder = export(learned_folder, tmp_path / "adjusted", picture_logit_adjustment=0.3)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert model.generation_config.picture_logit_adjustment == 0.3
+    model.save_pretrained(tmp_path / "again")
+    assert GenerationConfig.from_pretrained(tmp_path / "again").picture_logit_adjustment == 0.3
