@@ -52,14 +52,18 @@ def export(source: str | Path, output: str | Path, picture_logit_adjustment: flo
     return output
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a trained model with its processor")
     parser.add_argument("--output", required=True, help="folder to publish, e.g. hub_cards/argenseg-tiny")
     parser.add_argument(
         "--picture-logit-adjustment", type=float, help="default of the model's `generate` (chosen on validation scenes)"
     )
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     folder = export(args.model, args.output, args.picture_logit_adjustment)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
