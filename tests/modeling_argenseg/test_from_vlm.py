@@ -5,8 +5,25 @@ import copy
 import pytest
 import tiny
 import torch
-from tiny import CODES, EOS, IMAGE, PAD, VOCAB, T, left_padded, stream
-from transformers import AutoModelForImageTextToText, Qwen2Config
+from tiny import (
+    CODES,
+    DONE,
+    EOS,
+    FIRST_VISUAL,
+    GEN_START,
+    IMAGE,
+    PAD,
+    SURE,
+    VOCAB,
+    T,
+    answers,
+    generate,
+    left_padded,
+    starts_of,
+    stream,
+    visual_logits,
+)
+from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen3Config
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 
@@ -16,6 +33,10 @@ NEW = 2 + CODES  # <gen_start>, <gen_end> and the codebook
 def tied_config():
     text = tiny.text_config(Qwen2Config, tie_word_embeddings=True)
     return tiny.internvl_config(text, tie_word_embeddings=True)
+
+
+def qwen3_config():
+    return tiny.internvl_config(tiny.text_config(Qwen3Config, head_dim=8))
 
 
 def plain_vlm(config, seed=0):
@@ -43,7 +64,7 @@ def prompt_of(net):
     return stream(*[IMAGE] * count, 10, 11), tiny.images(1, size=size)
 
 
-ALL = [tiny.internvl_config, tiny.hybrid_config, tiny.llava_config, tied_config]
+ALL = [tiny.internvl_config, tiny.hybrid_config, tiny.llava_config, tied_config, qwen3_config]
 every_vlm = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 
 
@@ -181,3 +202,21 @@ def test_changes_reach_the_config():
     first = net.config.visual_token_offset
     out = net.generate(**left_padded([stream(10, first - 2)]), max_new_tokens=1, do_sample=False, eos_token_id=EOS)
     assert ((out >= first) & (out < first + CODES)).sum() == 1 + 4 + 9
+
+
+@every_vlm
+@pytest.mark.parametrize("scale_attention", ["causal", "block"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cached_drawing_equals_teacher_forcing_and_batch_equals_single(make, scale_attention, attention):
+    net = tiny.model(make(), attention=attention, scale_attention=scale_attention)
+    prompts, text = [stream(6, 5), stream(7, 8, 9, 6, 5)], [SURE, GEN_START, DONE]
+    together = generate(net, left_padded(prompts), text, text)
+    for row, prompt in enumerate(prompts):
+        alone = generate(net, left_padded([prompt]), text)
+        assert answers(together.sequences, 5)[row] == answers(alone.sequences, prompt.shape[1])[0]
+        (start,) = starts_of(alone.sequences[0])
+        ids = alone.sequences[0, start + 1 : start + 1 + T] - FIRST_VISUAL
+        logits = visual_logits(net, alone.sequences[0], start)
+        assert torch.equal(logits.argmax(-1), ids) and len(ids.unique()) > 2
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        torch.testing.assert_close(alone.picture_token_logprobs[0][0], logprobs, atol=1e-4, rtol=1e-4)
