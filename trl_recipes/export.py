@@ -42,6 +42,7 @@ def export(source: str | Path, output: str | Path, picture_logit_adjustment: flo
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    model.config.visual_tokenizer_config.name_or_path = ""  # no paths of the machine that trained it
     if picture_logit_adjustment is not None:
         settings = model.generation_config.to_dict()
         settings["_from_model_config"] = False  # or transformers would not read entries of ours back
