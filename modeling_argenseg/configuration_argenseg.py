@@ -205,6 +205,11 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
         """T, the visual ids that follow `<gen_start>`."""
         return sum(side * side for side in self.patch_nums)
 
+    def is_visual(self, ids: Any) -> Any:
+        """Where a tensor of token ids holds visual ids: a bool tensor of its shape."""
+        codes = ids - self.visual_token_offset
+        return (codes >= 0) & (codes < self.visual_vocab_size)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         return self.text_config
 

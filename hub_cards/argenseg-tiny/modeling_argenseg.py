@@ -129,9 +129,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
             ValueError: visual ids that do not stand T in a row right after `<gen_start>`.
         """
         config, length = self.config, self.config.picture_length
-        is_visual = (input_ids >= config.visual_token_offset) & (
-            input_ids < config.visual_token_offset + config.visual_vocab_size
-        )
+        is_visual = config.is_visual(input_ids)
         begins = (input_ids == config.gen_start_token_id) & F.pad(is_visual[:, 1:], (0, 1))
         rows, columns = begins.nonzero(as_tuple=True)
         count = int(is_visual.sum())
@@ -171,9 +169,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         if rows.numel() == 0:
             return embed(input_ids)
         config = self.config
-        is_visual = (input_ids >= config.visual_token_offset) & (
-            input_ids < config.visual_token_offset + config.visual_vocab_size
-        )
+        is_visual = config.is_visual(input_ids)
         embeds = embed(input_ids.masked_fill(is_visual, config.gen_end_token_id))
         with torch.no_grad():
             features = self.quantizer.next_scale_inputs(self.picture_ids(input_ids, rows, columns))
@@ -415,8 +411,7 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
         keep = torch.ones_like(labels, dtype=torch.bool) if keep is None else keep
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)[keep]
         losses = F.cross_entropy(logits.float().flatten(0, -2), targets, ignore_index=-100, reduction="none")
-        first = self.config.visual_token_offset
-        is_visual = (targets >= first) & (targets < first + self.config.visual_vocab_size)
+        is_visual = self.config.is_visual(targets)
         is_text = (targets != -100) & ~is_visual
         zero = losses.sum() * 0.0
         text_loss = losses[is_text].mean() if bool(is_text.any()) else zero
