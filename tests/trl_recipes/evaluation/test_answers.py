@@ -1,16 +1,17 @@
-"""Evaluation by free generation, on composed scenes and on folders of photographs."""
-
-import json
+"""Evaluation by free generation, as training uses it: everything in memory."""
 
 import numpy as np
 import pytest
+import tiny_scenes
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from trl_recipes import evaluate_scenes
-from trl_recipes.evaluate_scenes import draw, evaluate_expressions, real_samples, union
+from trl_recipes import train_scenes
+from trl_recipes.evaluate import load_model
+from trl_recipes.evaluation.answers import draw, evaluate_expressions, union
+from trl_recipes.evaluation.predictions import ModelPredictor
 from trl_recipes.scenes import flat_expressions
+from trl_recipes.tasks import Sample, load_task
 
 
 @pytest.fixture
@@ -78,64 +79,23 @@ def test_several_masks_in_one_answer_count_as_their_union(learned, requests):
     assert union({"segments": []}) is None
 
 
-@pytest.fixture
-def real_folder(tmp_path):
-    """Two photographs, one of them grey, and three masks; `real.json` as it is published."""
-    for folder in ("images", "masks"):
-        (tmp_path / folder).mkdir()
-    Image.new("RGB", (60, 40), (200, 30, 30)).save(tmp_path / "images" / "red.jpg")
-    Image.new("L", (30, 50), 90).save(tmp_path / "images" / "grey.png")
-    items = []
-    for name, image, size, kind, texts in (
-        ("a", "red.jpg", (40, 60), "noun", ["the red thing", "it"]),
-        ("b", "red.jpg", (40, 60), "plural", ["all of it"]),
-        ("c", "grey.png", (50, 30), "none", ["the whale"]),
-    ):
-        mask = np.zeros(size, np.uint8)
-        mask[5:20, 10:25] = 0 if kind == "none" else 255
-        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
-        items.append(
-            {"image": f"images/{image}", "mask": f"masks/{name}.png", "expressions": texts, "kind": kind, "tier": "A"}
-        )
-    (tmp_path / "real.json").write_text(json.dumps({"items": items}))
-    return tmp_path
-
-
-def test_every_expression_of_a_photograph_is_a_sample(real_folder):
-    samples = list(real_samples(real_folder))
-    told = [(sample["text"], sample["kind"]) for sample in samples]
-    assert told == [("the red thing", "noun"), ("it", "noun"), ("all of it", "plural"), ("the whale", "none")]
-    assert [sample["image"].size for sample in samples] == [(60, 40)] * 3 + [(30, 50)]
-    assert all(sample["image"].mode == "RGB" for sample in samples)
-    assert [sample["mask"].shape for sample in samples] == [(40, 60)] * 3 + [(50, 30)]
-    assert [int(sample["mask"].sum()) for sample in samples] == [225, 225, 225, 0]
-    assert samples[0]["mask"].dtype == bool and samples[0]["mask"][5:20, 10:25].all()
-
-
-def run(monkeypatch, capsys, *arguments) -> dict:
-    monkeypatch.setattr("sys.argv", ["evaluate_scenes", *map(str, arguments)])
-    evaluate_scenes.main()
-    return json.loads(capsys.readouterr().out)
-
-
-def test_the_command_measures_photographs(learned_folder, real_folder, monkeypatch, capsys):
-    found = run(monkeypatch, capsys, "--model", learned_folder, "--real", real_folder, "--batch-size", 3)
-    assert found["count"] == 4 and found["data"] == str(real_folder)
-    assert {"giou", "ciou", "n_acc", "t_acc", "giou_noun", "giou_plural", "giou_none"} < found.keys()
-    assert 0.25 <= found["best_constant_giou"] < 1
-
-
-def test_the_command_measures_scenes_and_writes_what_it_prints(
-    learned_folder, bank_folder, tmp_path, monkeypatch, capsys
-):
-    output = tmp_path / "result.json"
-    arguments = ("--bank", bank_folder, "--split", "unseen", "--preset", "easy", "--seed", 5, "--expressions", 6)
-    found = run(monkeypatch, capsys, "--model", learned_folder, *arguments, "--output", output)
-    assert found["count"] == 6 and found["data"] == "unseen/easy seed 5"
-    assert json.loads(output.read_text()) == found
-
-
-@pytest.mark.parametrize("arguments", [[], ["--bank", "a", "--real", "b"]])
-def test_the_command_wants_one_kind_of_data(arguments, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="one of --bank"):
-        run(monkeypatch, capsys, "--model", "nowhere", *arguments)
+def test_what_was_learned_about_a_scene_is_answered_in_words_and_masks(bank_folder, tokenizer_folder, tmp_path):
+    """Four questions and four expressions of one scene, learned by heart, then asked with nothing but the prompt."""
+    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, overfit=4, schedule=["easy"])
+    recipe.questions_per_scene = 4
+    training = tiny_scenes.training_arguments(tmp_path, seed=tiny_scenes.SEED, max_steps=60, learning_rate=1e-2)
+    train_scenes.main(recipe, training)
+    model, processor = load_model(str(tmp_path), "auto", torch.device("cpu"))
+    scene = tiny_scenes.scenes(bank_folder)
+    scene.questions_per_scene = 4
+    item = scene[0]
+    samples = [
+        Sample(id=str(i), text=q["text"], load_image=lambda: item["image"], kind=q["kind"], accepted=q["accepted"])
+        for i, q in enumerate(item["questions"])
+    ]
+    answers = ModelPredictor.for_task(model, processor, load_task("scenes-vqa"), "standard")(samples)
+    assert [one["text"] for one in answers] == [q["answer"] for q in item["questions"]]
+    assert len(samples) == 4 and len({sample.kind for sample in samples}) >= 3
+    assert not any(one["mask"] is not None for one in answers)
+    drawn = draw(model, processor, [{"image": item["image"], **one} for one in item["expressions"]])
+    assert [bool(one["segments"]) for one in drawn] == [one["kind"] != "none" for one in item["expressions"]]

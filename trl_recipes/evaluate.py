@@ -1,0 +1,292 @@
+"""Measures a model on a task, with any number of processes; a run that was stopped goes on where it was.
+
+    accelerate launch -m trl_recipes.evaluate --model MODEL --task refcoco --split testA --data DATA
+    accelerate launch --num_processes 8 -m trl_recipes.evaluate --model MODEL --task reasonseg --data DATA
+    accelerate launch -m trl_recipes.evaluate --model MODEL --task scenes --data BANK
+    accelerate launch -m trl_recipes.evaluate --model MODEL --task real --data PHOTOGRAPHS
+
+Without a GPU `accelerate launch` starts several processes only with `--multi_gpu` (sic):
+
+    accelerate launch --multi_gpu --num_processes 2 -m trl_recipes.evaluate --model MODEL --task real --data PHOTOGRAPHS
+
+`python -m trl_recipes.tasks list` tells which tasks there are; without its data a task says what it needs and where to
+get it. What a run leaves in its output folder:
+
+  result.json               metrics with confidence intervals, the protocol in words, commit, versions, settings
+  scores.jsonl              the score of every sample
+  gallery.html              the worst and the best answers
+  predictions-*.jsonl       every answer, its mask as COCO RLE: one file a process
+  run.json                  the settings that the predictions depend on
+
+The same command again goes on with a run that was stopped, with as many processes as you like, and on a run that is
+complete only computes the scores again. The numbers do not depend on the number of processes, bit for bit: batches are
+formed by the order of sample ids, whoever answers them, and scores are computed from the stored predictions.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from modeling_argenseg import ARGenSegForConditionalGeneration
+from processing import ARGenSegProcessor
+
+from .evaluation.gallery import write_gallery
+from .evaluation.predictions import ModelPredictor, predict
+from .evaluation.report import check_settings, commit, fingerprint, hash_texts, versions, write_settings
+from .evaluation.scoring import EXTRA, Scores, score
+from .evaluation.store import PATTERN, PredictionStore
+from .tasks import Samples, Source, load_task, open_source, read_samples, semantic, task_names
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trl_recipes.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub name of a model with its processor")
+    add("--task", required=True, choices=task_names(), metavar="TASK", help=", ".join(task_names()))
+    add("--data", required=True, type=Path, metavar="DIR", help="folder of the task's data")
+    add("--images", type=Path, metavar="DIR", help="folder of its images, if they lie elsewhere")
+    add("--split", help="default: the task's first one")
+    add("--protocol", help="such as per-expression or merged; default: the task's first one")
+    add(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="another setting of the task's reader, "
+        "such as preset=easy for scenes; results say so (may be given several times)",
+    )  # fmt: skip
+    add("--limit", type=int, metavar="N", help="only the first N samples (of closed vocabularies: images), for a try")
+    add("--batch-size", type=int, default=16, metavar="N", help="samples answered together (default: 16)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
+    add("--max-new-tokens", type=int, metavar="N", help="text tokens an answer may have; pictures do not count")
+    add(
+        "--cpu-threads", type=int, default=1, metavar="N", help="threads of each process on a CPU (default: 1; sums of "
+        "several threads can differ in their last bits, so use more processes to go faster)",
+    )  # fmt: skip
+    add("--metrics", nargs="+", default=[], choices=EXTRA, help="metrics beside the task's own, for masks")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="repeats for confidence intervals (default: 1000)")
+    add("--seed", type=int, default=0, help="of the confidence intervals; answers are greedy (default: 0)")
+    add("--gallery", type=int, default=12, metavar="N", help="worst and best answers to show (default: 12, 0: no page)")
+    add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL")
+    add("--overwrite", action="store_true", help="begin anew, and delete the predictions in the output folder")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    for name in ("batch_size", "cpu_threads", "limit", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # a process that is done waits for the others, however long they take
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+    try:
+        run(args, state)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    finally:
+        state.destroy_process_group()
+
+
+def run(args: argparse.Namespace, state: PartialState) -> None:
+    """Predictions of this process, then, in the first one, scores of all.
+
+    Raises:
+        ValueError, OSError: the input is at fault.
+    """
+    started = time.time()
+    task = load_task(args.task)
+    options = dict(_option(one) for one in args.option)
+    source = open_source(task, args.data, args.split, args.protocol, args.images, options)
+    samples, class_names = load_samples(source, args.limit)
+    Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
+    folder = args.output or default_output(args.model, source)
+    if state.device.type == "cpu":
+        torch.set_num_threads(args.cpu_threads)
+    model, processor = load_model(args.model, args.dtype, state.device)
+    settings = run_settings(args, source, samples, model, state.device)
+    if state.is_main_process:
+        start_folder(folder, args.overwrite)
+        write_settings(folder / "run.json", settings)
+    state.wait_for_everyone()
+    check_settings(folder / "run.json", settings)
+    store = PredictionStore(folder).read()
+    state.wait_for_everyone()  # everybody has read: nobody writes before
+    if len(store) and state.is_main_process:
+        print(f"going on: {len(store)} predictions are there already", file=sys.stderr)
+    store.open_for(state.process_index)
+    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    predictor = ModelPredictor.for_task(model, processor, task, source.protocol, **limits)
+    rank, processes = state.process_index, state.num_processes
+    predict(predictor, samples, store, args.batch_size, rank, processes, progress=state.is_main_process)
+    store.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        store = PredictionStore(folder).read()
+        scores = score(task, samples, store, args.metrics, class_names)
+        about = {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 1),
+            "processes": processes,
+            "duplicates": store.duplicates,
+        }
+        report(args, source, settings, scores, samples, store, folder, about)
+
+
+def load_samples(source: Source, limit: int | None) -> tuple[Samples, list[str]]:
+    """The samples to be answered, and the vocabulary of a closed-vocabulary task, every name once."""
+    samples = read_samples(source)
+    names: list[str] = []
+    if source.task.answer == "classes":
+        for name in semantic.vocabulary(source)[1]:
+            names.append(f"{name} ({len(names)})" if name in names else name)
+    return samples if limit is None else samples.first(limit * max(1, len(names))), names
+
+
+def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
+    """Model and processor of a folder or Hub name; checkpoints as released are read as they are.
+
+    Raises:
+        ValueError: there is no such folder, and the name has not the form OWNER/NAME of the Hub.
+    """
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"no model folder {name!r}, and no name of the form OWNER/NAME on the Hub")
+    model = ARGenSegForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    processor = ARGenSegProcessor.from_pretrained(name)
+    if processor.visual_tokenizer is not None:
+        processor.visual_tokenizer.to(device)
+    return model.to(device).eval(), processor
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`name=value`, the value as YAML reads it. Raises ValueError without an equals sign."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option takes NAME=VALUE, not {text!r}")
+    return name, yaml.safe_load(value)
+
+
+def default_output(model: str, source: Source) -> Path:
+    name = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
+    return Path("outputs/evaluation") / name / f"{source.task.name}-{source.split}-{source.protocol}"
+
+
+def start_folder(folder: Path, overwrite: bool) -> None:
+    """Makes the output folder; with `overwrite`, what an earlier run left in it goes, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for pattern in (PATTERN, "run.json", "result.json", "scores.jsonl", "gallery.html"):
+            for path in folder.glob(pattern):
+                path.unlink()
+
+
+def run_settings(
+    args: argparse.Namespace, source: Source, samples: Samples, model: Any, device: torch.device
+) -> dict[str, Any]:
+    """What predictions depend on. A run goes on only under the settings that it began with."""
+    task = source.task
+    return {
+        "task": task.name,
+        "version": task.version,
+        "split": source.split,
+        "protocol": source.protocol,
+        "prompt": task.prompts[source.protocol],
+        "options": source.options,
+        "prompts_of_kinds": task.prompts_of_kinds,
+        "data_format": source.format,
+        "data_files": hash_texts(f"{path.name} {path.stat().st_size}" for paths in source.files for path in paths),
+        "samples": len(samples),
+        "sample_ids": hash_texts(samples.ids),
+        "model": args.model,
+        "weights": fingerprint(model),
+        "hub_commit": getattr(model.config, "_commit_hash", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "device": device.type,
+        "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
+    }
+
+
+def report(
+    args: argparse.Namespace,
+    source: Source,
+    settings: dict[str, Any],
+    scores: Scores,
+    samples: Samples,
+    store: PredictionStore,
+    folder: Path,
+    about: dict[str, Any],
+) -> None:
+    """Writes result.json, scores.jsonl and gallery.html, and prints what counts."""
+    task, expected = source.task, source.task.counts.get(source.split, {}).get(source.protocol)
+    result = {
+        "task": task.name,
+        "version": task.version,
+        "split": source.split,
+        "protocol": source.protocol,
+        "protocol_in_words": task.protocols[source.protocol],
+        "complete": args.limit is None and expected in (None, len(samples)),
+        "expected_samples": expected,
+        **scores.result(args.bootstrap, args.seed),
+        "settings": settings,
+        "code": commit(),
+        "versions": versions(),
+        "run": about,
+    }
+    _write(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    lines = [json.dumps({"id": name, "score": value}) + "\n" for name, value in scores.values]
+    _write(folder / "scores.jsonl", "".join(lines))
+    title = f"{args.model} on {task.name}, {source.split}, {source.protocol}"
+    summary = summarise(result)
+    print("\n".join([title, *("  " + line for line in summary), f"  written to {folder / 'result.json'}"]))
+    if args.gallery:
+        write_gallery(folder / "gallery.html", title, summary, scores, samples, store, args.gallery)
+
+
+def summarise(result: dict[str, Any]) -> list[str]:
+    """The result in a few lines for people: metrics with intervals, a table of kinds, counts, warnings."""
+    lines = []
+    for metric, numbers in result["metrics"].items():
+        intervals = result["confidence"]["intervals"].get(metric, {})
+        shown = {name: value for name, value in numbers.items() if not _is_detail(name, result["kinds"])}
+        for name, value in shown.items():
+            low_high = "" if name not in intervals or name == "count" else "  [{:.4f}, {:.4f}]".format(*intervals[name])
+            number = f"{value}" if isinstance(value, int) else f"{value:.4f}"
+            lines.append(f"{metric + ' ' + name:32s} {number:>8s}{low_high}")
+    for kind, numbers in result["kinds"].items():
+        told = [f"{name} {value:.4f}" for name, value in numbers.items() if name != "count" and "@" not in name]
+        lines.append(f"of kind {kind} ({numbers['count']}): {', '.join(told)}")
+    answers = result["answers"]
+    lines.append(f"invalid answers: {answers['invalid']} of {answers['total']} ({answers['invalid_means']})")
+    if not result["complete"]:
+        expected = result["expected_samples"]
+        of = f" of {expected}" if expected else ""
+        lines.append(f"NOT THE WHOLE TASK: {answers['total']}{of} answers; not to be compared with published numbers")
+    return lines
+
+
+def _is_detail(name: str, kinds: dict[str, Any]) -> bool:
+    """Numbers of one class or one kind: they are in result.json, and kinds in their own table."""
+    return name.startswith("iou_") or any(name.endswith(f"_{kind}") for kind in kinds)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    shutil.move(part, path)
+
+
+if __name__ == "__main__":
+    main()

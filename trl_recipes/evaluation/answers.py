@@ -1,0 +1,61 @@
+"""A model's answers: texts and masks of a batch of requests, generated freely."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..metrics import SegmentationMetrics
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+    sizes: Sequence[tuple[int, int]],
+    labels: Sequence[str],
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Answers (`text`, `segments`) to conversations, as one batch.
+
+    Args:
+        sizes: (height, width) of the masks of each.
+        labels: what the masks of each are called.
+        options: of `generate`.
+    """
+    inputs = processor.apply_chat_template(
+        list(conversations), tokenize=True, return_dict=True, add_generation_prompt=True
+    ).to(model.device, model.dtype)
+    outputs = model.generate(**inputs, return_dict_in_generate=True, **options)
+    return processor.post_process_segmentation(
+        outputs, target_sizes=list(sizes), labels=list(labels), prompt_length=inputs["input_ids"].shape[1]
+    )
+
+
+def draw(model: Any, processor: Any, samples: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """Answers to the segmentation requests of samples with `image` (PIL) and `text`, as one batch."""
+    conversations = [processor.build_segmentation_conversation(s["image"], s["text"]) for s in samples]
+    sizes = [s["image"].size[::-1] for s in samples]
+    return answer(model, processor, conversations, sizes, [s["text"] for s in samples], **options)
+
+
+def union(answer: dict[str, Any]) -> np.ndarray | None:
+    """All masks of an answer as one (H, W); None where nothing was drawn."""
+    masks = [segment["mask"] for segment in answer["segments"]]
+    return np.logical_or.reduce(masks) if masks else None
+
+
+def evaluate_expressions(
+    model: Any, processor: Any, samples: Any, batch_size: int = 32, progress: bool = False
+) -> dict[str, float]:
+    """Metrics over samples with `image`, `text`, `kind` and `mask` (H, W), in memory; see `SegmentationMetrics`."""
+    model.eval()
+    metrics = SegmentationMetrics()
+    for start in tqdm(range(0, len(samples), batch_size), desc="drawing", disable=not progress):
+        batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
+        for sample, found in zip(batch, draw(model, processor, batch), strict=True):
+            metrics.add(union(found), sample["mask"], sample["kind"])
+    return metrics.compute()

@@ -1,0 +1,106 @@
+"""This project's own tests: composed scenes, and real photographs with hand-drawn masks."""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
+from .samples import Sample, Samples, open_mask, open_rgb
+from .task import MissingData, Source
+
+PER_SCENE = 4  # most questions about one scene
+
+
+def read_scenes(source: Source) -> Samples:
+    """Expressions of composed scenes that depend on seed and preset alone; the split is that of the bank."""
+    options = source.options
+    count = int(options["expressions"])
+    bank = SceneBank.from_folder(source.root, source.split)
+    config = SceneConfig.preset(options["preset"])
+    flat = flat_expressions(SceneDataset(bank, config, int(options["seed"]), count), count)
+    per_scene = flat.dataset.expressions_per_scene
+
+    def make(place: int) -> Sample:
+        item = flat[place]  # composed on the spot; its neighbours share the scene
+        scene = place // per_scene
+        return Sample(
+            id=f"{scene:06d}-{place % per_scene:02d}",
+            text=item["text"],
+            load_image=lambda: item["image"],
+            load_mask=lambda: item["mask"],
+            kind=item["kind"],
+            group=f"{scene:06d}",
+        )
+
+    return Samples([f"{place // per_scene:06d}-{place % per_scene:02d}" for place in range(count)], make)
+
+
+def read_scene_questions(source: Source) -> Samples:
+    """Questions about composed scenes that are answered in words; with equal options the scenes are those of
+    `read_scenes`. All scenes are composed once to learn how many questions each has; images are not kept.
+
+    Raises:
+        ValueError: the scenes permit hardly any questions.
+    """
+    options = source.options
+    wanted = int(options["questions"])
+    bank = SceneBank.from_folder(source.root, source.split)
+    dataset = SceneDataset(
+        bank, SceneConfig.preset(options["preset"]), int(options["seed"]), wanted, questions_per_scene=PER_SCENE
+    )
+    image_of = lru_cache(maxsize=2)(lambda number: dataset.scene(number)[0].image)
+    samples: list[Sample] = []
+    with tqdm(total=wanted, desc="composing questions", unit="question", leave=False) as bar:
+        for number in range(len(dataset)):
+            if len(samples) >= wanted:
+                break
+            found = _questions(dataset, number, partial(image_of, number))
+            samples += found
+            bar.update(len(found))
+    if len(samples) < wanted:
+        raise ValueError(f"{len(dataset)} scenes of {source.root} permit {len(samples)} questions, not {wanted}")
+    return Samples.of(samples[:wanted])
+
+
+def _questions(dataset: SceneDataset, number: int, load_image: Callable[[], Image.Image]) -> list[Sample]:
+    scene, _ = dataset.scene(number)
+    return [
+        Sample(
+            id=f"{number:06d}-{place:02d}",
+            text=question.text,
+            load_image=load_image,
+            answer=question.answer,
+            accepted=question.accepted,
+            kind=question.kind,
+            group=f"{number:06d}",
+        )
+        for place, question in enumerate(dataset.questions(number, scene))
+    ]
+
+
+def read_photographs(source: Source) -> Samples:
+    """Every expression of every item in `real.json`.
+
+    Raises:
+        MissingData: a picture that the file names is not there.
+    """
+    samples = []
+    for number, item in enumerate(json.loads(source.file().read_text(encoding="utf-8"))["items"]):
+        for name in (item["image"], item["mask"]):
+            if not (source.images / name).is_file():
+                raise MissingData(f"{source.file()} names {name}, which is not in {source.images}")
+        for place, text in enumerate(item["expressions"]):
+            samples.append(
+                Sample(
+                    id=f"{number:04d}-{place:02d}",
+                    text=text,
+                    load_image=partial(open_rgb, source.images / item["image"]),
+                    load_mask=partial(open_mask, source.images / item["mask"]),
+                    kind=item["kind"],
+                    group=item["image"],
+                )
+            )
+    return Samples.of(samples)
