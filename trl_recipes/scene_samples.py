@@ -22,8 +22,16 @@ def scene_conversation(processor: ARGenSegProcessor, image: Any, expression: dic
     ]
 
 
+def question_conversation(image: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
+    """A question about the image and its answer in words."""
+    asked = [{"type": "image", "image": image}, {"type": "text", "text": question["text"]}]
+    answer = [{"type": "text", "text": question["answer"]}]
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
 class SceneSamples(Dataset):
-    """`ds[i]` -> `pixel_values` (3, H, W) of scene i, and `input_ids` and `labels`, a list with one for each request.
+    """`ds[i]` -> `pixel_values` (3, H, W) of scene i, and `input_ids` and `labels`, a list with one for each request
+    and question.
 
     Labels are -100 up to the answer. The image stands once, however many requests there are; see `SceneCollator`.
     """
@@ -37,6 +45,7 @@ class SceneSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene = self.scenes[index]
         conversations = [scene_conversation(self.processor, scene["image"], e) for e in scene["expressions"]]
+        conversations += [question_conversation(scene["image"], q) for q in scene["questions"]]
         inputs = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -66,11 +75,21 @@ class SceneCollator:
         return {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             "image_index": torch.tensor(index),
-            "input_ids": self.pad(ids, self.pad_token_id),
-            "attention_mask": self.pad([torch.ones_like(row) for row in ids], 0),
-            "labels": self.pad(labels, -100),
+            **pad_streams(ids, labels, self.pad_token_id, self.multiple_of),
         }
 
-    def pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+
+def pad_streams(
+    ids: list[torch.Tensor], labels: list[torch.Tensor], pad_token_id: int, multiple_of: int
+) -> dict[str, torch.Tensor]:
+    """Rows (l,) as `input_ids`, `attention_mask` and `labels` (B, L), padded on the right to a multiple of a length."""
+
+    def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return torch.nn.functional.pad(padded, (0, -padded.shape[1] % self.multiple_of), value=value)
+        return torch.nn.functional.pad(padded, (0, -padded.shape[1] % multiple_of), value=value)
+
+    return {
+        "input_ids": pad(ids, pad_token_id),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+        "labels": pad(labels, -100),
+    }

@@ -29,9 +29,11 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
     )
     lines = ["Please segment {prompt} in this image.", "Sure, the segmentation result: ", "user\n", "assistant\n", "."]
     for index in tqdm(range(recipe.text_scenes), desc="reading expressions"):
-        for expression in scenes.scene(index)[1]:
+        scene, expressions = scenes.scene(index)
+        for expression in expressions:
             lines.append(f"Please segment {expression.text} in this image.")
             lines.append(f"There is no {expression.missing or expression.text}.")
+        lines += [line for question in scenes.questions(index, scene) for line in (question.text, question.answer)]
     tokenizer = train_text_tokenizer(lines, recipe.text_vocab_size, visual_tokenizer.config.vocab_size, context=2048)
     return ARGenSegProcessor(image_processor, tokenizer, visual_tokenizer, image_seq_length=64)
 
@@ -105,20 +107,23 @@ def start_at_sines(model: ARGenSegForConditionalGeneration, amplitude: float = 0
 def adopt_visual_tokenizer(
     model: ARGenSegForConditionalGeneration, processor: ARGenSegProcessor, folder: str
 ) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
-    """Model and processor with the visual tokenizer in `folder`, which may have another codebook of the same scales.
+    """Model and processor with the visual tokenizer in `folder`, which may have another codebook and other scales.
 
     Everything that is not about codes is kept: where things are is not learned anew. The rows of the codebook in
-    embedding and head, and the projector of code features, start afresh unless the codes are the same.
+    embedding and head, and the projector of code features, start afresh unless the codes are the same; a scale of a
+    side that the old tokenizer had keeps its embeddings.
 
     Raises:
-        ValueError: the scales differ, or the visual tokens are not the tail of the vocabulary.
+        ValueError: a scale has a side that the old tokenizer had not, or the visual tokens are not the tail of the
+            vocabulary.
     """
     new, old = AutoModel.from_pretrained(folder, dtype=torch.float32), processor.visual_tokenizer
     assert old is not None
     if all(torch.equal(a, b) for a, b in zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)):
         return model, rebuild_processor(processor, new)
-    if new.config.patch_nums != old.config.patch_nums:
-        raise ValueError(f"{folder} has the scales {new.config.patch_nums}, the model {old.config.patch_nums}")
+    sides, old_sides = new.config.patch_nums, old.config.patch_nums
+    if not set(sides) <= set(old_sides):
+        raise ValueError(f"{folder} has the scales {sides}, the model {old_sides}: it has no embeddings for the others")
     first = processor.visual_token_offset
     if first + old.config.vocab_size != len(processor.tokenizer):
         raise ValueError("the visual tokens are not the tail of the vocabulary")
@@ -134,7 +139,10 @@ def adopt_visual_tokenizer(
     for name, tensor in model.state_dict().items():
         if name.startswith(("model.quantizer.", "model.generation_projector.")):
             continue
-        if state[name].shape == tensor.shape and "embed_tokens" not in name and "lm_head" not in name:
+        if name in ("model.scale_embedding.weight", "model.position_embedding.weight"):
+            rows = tensor.split(1 if "scale" in name else [side * side for side in old_sides])
+            state[name] = torch.cat([rows[old_sides.index(side)] for side in sides])
+        elif state[name].shape == tensor.shape and "embed_tokens" not in name and "lm_head" not in name:
             state[name] = tensor
         else:
             state[name][:first] = tensor[:first]

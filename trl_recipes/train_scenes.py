@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_argenseg import (
     ARGenSegForConditionalGeneration,
 )
 from processing import ARGenSegProcessor
 
-from .evaluate_scenes import evaluate_expressions
+from .drawing_trainer import DrawingTrainer
+from .evaluation.answers import evaluate_expressions
 from .resume import last_checkpoint
 from .scene_samples import SceneCollator, SceneSamples
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
@@ -39,6 +40,7 @@ class SceneArguments:
         default_factory=lambda: ["easy", "medium", "full"], metadata={"help": "presets, in equal parts of the run"}
     )
     expressions_per_scene: int = field(default=4, metadata={"help": "requests for each image"})
+    questions_per_scene: int = field(default=2, metadata={"help": "most questions answered in words for each image"})
     eval_expressions: int = field(default=96, metadata={"help": "validation expressions drawn at every evaluation"})
     eval_preset: str = field(default="full", metadata={"help": "preset of the validation scenes"})
     overfit: int = field(default=0, metadata={"help": "train and evaluate on this many fixed expressions"})
@@ -51,38 +53,15 @@ class SceneArguments:
     text_scenes: int = field(default=4000, metadata={"help": "scenes whose expressions the text tokenizer learns from"})
 
 
-class SceneTrainer(Trainer):
-    """`Trainer` that reads each image once for all its requests, and evaluates by drawing masks."""
+class SceneTrainer(DrawingTrainer):
+    """Evaluates by drawing the requests of validation scenes."""
 
     def __init__(self, *args: Any, processor: ARGenSegProcessor, validation: FlatExpressions, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.processor, self.validation = processor, validation
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        index = inputs.pop("image_index")
-        image = model.get_image_features(inputs.pop("pixel_values"))
-        image.pooler_output = image.pooler_output[index]
-        answers = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))  # the head runs only there
-        outputs = model(**inputs, mm_encoder_outputs={"image": image}, logits_to_keep=answers)
-        if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
-            self._parts = {
-                "text_loss": round(float(outputs.text_loss.detach()), 4),
-                "visual_loss": round(float(outputs.visual_loss.detach()), 4),
-            }
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs = {**logs, **getattr(self, "_parts", {})}
-        super().log(logs, *args, **kwargs)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        found = evaluate_expressions(self.model, self.processor, self.validation)
-        self.model.train()
-        metrics = {f"{metric_key_prefix}_{name}": round(value, 4) for name, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    def evaluate_drawing(self) -> dict[str, float]:
+        return evaluate_expressions(self.model, self.processor, self.validation)
 
 
 class Repeated(torch.utils.data.Dataset):
@@ -132,7 +111,7 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     total = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     length, stages = max(total, recipe.text_scenes), curriculum(recipe.schedule, total)
     per_scene = recipe.expressions_per_scene
-    scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, schedule=stages)
+    scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, stages, recipe.questions_per_scene)
     model, processor = load_or_build(recipe, scenes)
     # on a CPU the backward pass of sdpa costs a third of a step more than that of plain attention
     model.model.language_model.set_attn_implementation("eager" if training.use_cpu else "sdpa")

@@ -33,7 +33,7 @@ def learned_folder(bank_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
         folder,
         seed=tiny_scenes.SEED,
         max_steps=60,
-        learning_rate=1e-2,
+        learning_rate=8e-3,
         save_strategy="steps",
         eval_strategy="steps",
         eval_steps=60,

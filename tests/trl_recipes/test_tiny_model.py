@@ -89,7 +89,22 @@ def test_another_codebook_keeps_the_wording(fresh, tokenizer_folder):
     assert (processor.segmentation_prompt, processor.segmentation_answer) == ("Show me {prompt}.", "Here: {mask}")
 
 
-def test_other_scales_are_refused(fresh, tmp_path):
-    tiny_scenes.grey_tokenizer(sides=(1, 4, 8), codes=9).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\[1, 4, 8\].*\[1, 2, 4, 8\]"):
+@pytest.mark.parametrize("sides", [(1, 4, 8), (1, 2, 4, 8, 8)])
+def test_scales_of_known_sides_keep_their_embeddings(fresh, tmp_path, sides):
+    """The toy has scales of side 1, 2, 4 and 8: tokens 0, 1-4, 5-20 and 21-84."""
+    model, processor = fresh
+    tiny_scenes.grey_tokenizer(sides=sides, codes=33).save_pretrained(tmp_path)
+    places = {1: range(1), 2: range(1, 5), 4: range(5, 21), 8: range(21, 85)}
+    changed, processor = adopt_visual_tokenizer(model, processor, str(tmp_path))
+    rows = [row for side in sides for row in places[side]]
+    old, new = model.model, changed.model
+    assert torch.equal(new.position_embedding.weight, old.position_embedding.weight[rows])
+    levels = [(1, 2, 4, 8).index(side) for side in sides]
+    assert torch.equal(new.scale_embedding.weight, old.scale_embedding.weight[levels])
+    assert processor.num_visual_tokens == len(rows) == changed.config.visual_tokenizer_config.num_tokens
+
+
+def test_a_scale_without_embeddings_is_refused(fresh, tmp_path):
+    tiny_scenes.grey_tokenizer(sides=(1, 3, 8), codes=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\[1, 3, 8\].*\[1, 2, 4, 8\]"):
         adopt_visual_tokenizer(*fresh, str(tmp_path))

@@ -57,7 +57,8 @@ def test_the_head_runs_where_it_is_told_to(parts, samples):
     batch = plain_inputs(SceneCollator(processor.tokenizer.pad_token_id)([samples[0]]))
     answers = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
     with torch.no_grad():
-        whole, part = model(**batch), model(**batch, logits_to_keep=answers)
+        whole = model(**batch, skip_logits=False)
+        part = model(**batch, logits_to_keep=answers, skip_logits=False)
     assert part.logits.shape == (int(answers.sum()), len(processor.tokenizer))
     torch.testing.assert_close(part.logits, whole.logits[answers])
     for name in ("loss", "text_loss", "visual_loss"):

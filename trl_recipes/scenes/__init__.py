@@ -12,14 +12,17 @@ from .config import PRESETS, SceneConfig
 from .dataset import FlatExpressions, SceneDataset, flat_expressions
 from .expressions import KIND_WEIGHTS, Expression, sample_expressions
 from .lexicon import Lexicon
+from .questions import QUESTION_WEIGHTS, Question, sample_questions
 
 __all__ = [
     "KIND_WEIGHTS",
     "PRESETS",
+    "QUESTION_WEIGHTS",
     "Background",
     "Expression",
     "FlatExpressions",
     "Lexicon",
+    "Question",
     "Scene",
     "SceneBank",
     "SceneConfig",
@@ -29,4 +32,5 @@ __all__ = [
     "compose_scene",
     "flat_expressions",
     "sample_expressions",
+    "sample_questions",
 ]

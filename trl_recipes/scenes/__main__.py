@@ -7,8 +7,9 @@ import time
 from collections import Counter
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..picture_grid import overlay, paste_tile
 from .bank import SPLITS, SceneBank
 from .config import PRESETS, SceneConfig
 from .dataset import SceneDataset
@@ -74,31 +75,11 @@ def contact_sheet(dataset: SceneDataset, count: int, columns: int = 2) -> Image.
         row, column = divmod(index, columns)
         left, top = column * (tiles * side + 8), row * (side + CAPTION)
         item = dataset[index]
-        _tile(sheet, item["image"], f"scene {index}", left, top)
+        paste_tile(sheet, item["image"], f"scene {index}", left, top)
         for place, one in enumerate(item["expressions"], start=1):
             caption = f"[{one['kind']}] {one['text']}" + (f" / no {one['missing']}" if one["missing"] else "")
-            _tile(sheet, overlay(item["image"], one["mask"]), caption, left + place * side, top)
+            paste_tile(sheet, overlay(item["image"], one["mask"]), caption, left + place * side, top)
     return sheet
-
-
-def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = (255, 0, 80)) -> Image.Image:
-    """The picture greyed, with the mask (bool, (H, W)) in its own colours under a tint."""
-    pixels = np.asarray(image).astype(np.float32)
-    grey = pixels.mean(-1, keepdims=True) * 0.55 + 40
-    shown = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array(color, dtype=np.float32), grey)
-    return Image.fromarray(shown.astype(np.uint8))
-
-
-def _tile(sheet: Image.Image, image: Image.Image, caption: str, left: int, top: int) -> None:
-    sheet.paste(image, (left, top))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    words, lines = caption.split(" "), [""]
-    for word in words:
-        if draw.textlength(f"{lines[-1]} {word}", font=font) > image.width - 4:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    for number, line in enumerate(lines[:2]):
-        draw.text((left + 2, top + image.height + 14 * number), line, fill="black", font=font)
 
 
 def statistics(dataset: SceneDataset, count: int) -> str:

@@ -14,16 +14,18 @@ from .bank import SceneBank
 from .compose import Scene, compose_scene
 from .config import SceneConfig
 from .expressions import sample_expressions
+from .questions import Question, sample_questions
 from .view import Expression
 
 _MOST_REDRAWS = 20
 
 
 class SceneDataset(Dataset):
-    """`ds[i]` -> `{"image": PIL RGB, "expressions": [{"text", "kind", "missing", "mask"}, ...]}`.
+    """`ds[i]` -> `{"image": PIL RGB, "expressions": [{"text", "kind", "missing", "mask"}, ...], "questions": [...]}`.
 
     `mask` is a bool array (H, W), all False for the kind "none". Every item has exactly `expressions_per_scene`
-    expressions, so that batches are even.
+    expressions, so that batches are even, and up to `questions_per_scene` questions (`{"text", "answer", "kind",
+    "accepted"}`, see `Question`) that are answered in words; they change nothing about scene and expressions.
 
     Args:
         bank: a split's sprites and backgrounds.
@@ -31,6 +33,7 @@ class SceneDataset(Dataset):
         seed: with the index it determines an item; no other state does.
         length: number of scenes.
         expressions_per_scene: expressions per scene.
+        questions_per_scene: most questions per scene.
         schedule: a curriculum of (first index, preset name) pairs: index i uses the last pair that begins at or
             before i, and `config` as it is before the first pair.
 
@@ -46,12 +49,14 @@ class SceneDataset(Dataset):
         length: int = 10_000,
         expressions_per_scene: int = 4,
         schedule: Sequence[tuple[int, str]] = (),
+        questions_per_scene: int = 0,
     ) -> None:
         self.bank = bank
         self.config = config or SceneConfig()
         self.seed = seed
         self.length = length
         self.expressions_per_scene = expressions_per_scene
+        self.questions_per_scene = questions_per_scene
         self._starts = [int(start) for start, _ in schedule]
         if any(after <= before for before, after in pairwise(self._starts)):
             raise ValueError(f"The schedule's first indices must ascend; got {self._starts}.")
@@ -86,9 +91,18 @@ class SceneDataset(Dataset):
             "lower expressions_per_scene or use a bank with more nouns."
         )
 
+    def questions(self, index: int, scene: Scene) -> list[Question]:
+        """The questions about scene `index`."""
+        rng = np.random.default_rng([self.seed, index, 1])  # their own: the number of questions changes no scene
+        return sample_questions(scene, rng, self.questions_per_scene)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene, found = self.scene(index)
-        return {"image": scene.image, "expressions": [_as_item(scene, one) for one in found]}
+        return {
+            "image": scene.image,
+            "expressions": [_as_item(scene, one) for one in found],
+            "questions": [vars(one) for one in self.questions(index, scene)],
+        }
 
 
 class FlatExpressions(Dataset):

@@ -249,7 +249,7 @@ def none(view: SceneView) -> Expression | None:
         if phrase:
             options = (f"the {phrase}", f"the {phrase}", phrase, with_article(phrase))
             return Expression(str(view.choice(options)), "none", (), bare(phrase))
-    term = _absent_term(view)
+    term = absent_term(view)
     if not term:
         return None
     templates = list(NOUN_TEMPLATES)
@@ -271,7 +271,8 @@ def _wrong_color(view: SceneView) -> str:
     return f"{view.choice(free)} {view.say(term)}"
 
 
-def _absent_term(view: SceneView) -> str:
+def absent_term(view: SceneView) -> str:
+    """A plausible term that names nothing in the scene; "" where none was found."""
     nouns = list(view.lexicon.nouns.values())
     present = {word for one in view.seen for word in one.sprite.categories}
     kindred = view.rng.random() < 0.6
