@@ -75,6 +75,16 @@ def test_path_and_exif(tmp_path):
         (Image.new("RGB", (2, 2), "red"), "colour"),
         (Image.new("RGBA", (2, 2), (0, 0, 0, 9)), r"\(2, 2, 4\)"),
         ({"size": [3, 5], "counts": [7, 1]}, "cover 8 pixels, its size 3x5"),
+        ({"size": [4, 5], "counts": "1"}, "cover 1 pixels, its size 4x5"),
+        ({"size": [4, 5], "counts": b"1"}, "cover 1 pixels, its size 4x5"),
+        ({"size": [4, 5], "counts": ""}, "cover 0 pixels, its size 4x5"),
+        ({"size": [3, 6], "counts": COMPRESSED["counts"]}, "cover 15 pixels, its size 3x6"),
+        ({"size": [3, 4], "counts": COMPRESSED["counts"]}, "cover 15 pixels, its size 3x4"),
+        ({"size": [3, 5], "counts": COMPRESSED["counts"] + b"P"}, "COCO RLE.*cut off"),
+        ({"size": [3, 5], "counts": "7 1 2"}, "COCO RLE.*character"),
+        ({"size": [3, 5], "counts": "\u00e9"}, "COCO RLE"),
+        ({"size": [1, 2], "counts": "2O1"}, "COCO RLE.*negative"),
+        ({"size": [3, 5], "counts": 15}, "COCO RLE"),
         ({"size": [3, 5]}, "counts"),
         ({"counts": [15]}, "size"),
         ({"size": [0, 5], "counts": []}, "empty|COCO RLE"),
@@ -83,6 +93,19 @@ def test_path_and_exif(tmp_path):
 def test_refused(source, message):
     with pytest.raises(ValueError, match=message):
         load_mask(source)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_runs_of_a_compressed_mask(seed):
+    """Runs of many digits, and differences of both signs."""
+    mask = np.random.default_rng(seed).random((301, 407)) < (0.5, 0.01, 0.0001, 0)[seed]
+    mask[50:90, 100:300] = True
+    assert np.array_equal(load_mask(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))), mask)
+
+
+def test_values_that_cannot_be_compared_with_numbers():
+    with pytest.raises(ValueError, match="holds the values"):
+        load_mask(np.array([["0", "1"]]))
 
 
 def test_no_mask_at_all():
