@@ -34,8 +34,8 @@ def true_masks() -> list[np.ndarray]:
     return [square, np.hypot(x - 45, y - 20) < 11]
 
 
-def build() -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
-    """Random weights; images of 28 px, pictures of 4 scales."""
+def build(visual_tokenizer: Any = None) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
+    """Random weights; images of 28 px, pictures of 4 scales (or of another visual tokenizer)."""
     words = [
         *REQUESTS,
         BOTH,
@@ -43,8 +43,8 @@ def build() -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
         *ABSENT.values(),
         "Please segment in this image. Sure, the segmentation result: .",
     ]
-    visual_tokenizer = tiny.visual_tokenizer()
-    text_tokenizer = train_text_tokenizer(words, 340, tiny.CODES, context=256)
+    visual_tokenizer = visual_tokenizer or tiny.visual_tokenizer()
+    text_tokenizer = train_text_tokenizer(words, 340, visual_tokenizer.config.vocab_size, context=256)
     side = {"height": tiny.IMAGE_PIXELS, "width": tiny.IMAGE_PIXELS}
     processor = ARGenSegProcessor(
         GotOcr2ImageProcessorPil(size=side), text_tokenizer, visual_tokenizer, image_seq_length=tiny.IMAGE_TOKENS
@@ -57,6 +57,7 @@ def build() -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
     )
     config = tiny.config(
         tiny.internvl_config(text, image_token_id=processor.image_token_id),
+        visual_tokenizer_config=visual_tokenizer.config,
         gen_start_token_id=processor.gen_start_token_id,
         gen_end_token_id=processor.gen_end_token_id,
         visual_token_offset=processor.visual_token_offset,

@@ -1,0 +1,319 @@
+"""Fine-tunes an ARGenSeg model on your own masks with LoRA, in one command.
+
+    python -m trl_recipes.lora --model hub_cards/argenseg-tiny --data my_masks/ --output out/my_masks
+
+DATA is a folder of images with PNG masks of the same names and a `prompts.csv` (or `metadata.jsonl`), JSONL with
+`image`, `prompt` and `mask` (PNG path, COCO RLE, polygons, or null where the thing is not there), COCO instances JSON,
+a `datasets` data set (folder or name on the Hub), or JSONL with `conversations` and `mask`. Splits `train` and
+`validation` inside of it are used; without them, a share of the images is set aside.
+
+What OUTPUT gets: `check_masks.png` (three training masks as the visual tokenizer sees them: look at it first),
+`drawn-<step>.png` and `metrics.jsonl` at every evaluation, `learning_curve.png`, checkpoints, `adapter/` (for peft) and
+`merged/`, a whole model that `pipeline("image-segmentation", model="OUTPUT/merged")` loads. A run that was stopped goes
+on from its last checkpoint when the same command is given again.
+"""
+
+import json
+import shutil
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+
+import modeling_argenseg  # registers the Auto classes
+
+from .adapters import AdapterSizes, add_adapters, lora_config
+from .drawing_trainer import DrawingTrainer
+from .export import set_picture_options
+from .learning_curve import learning_curve
+from .mask_data import MaskCollator, has_split, load_mask_data, split_by_image, tokenise_masks
+from .mask_data.arguments import MaskDataArguments
+from .mask_data.mask_values import union_of
+from .mask_data.tokenising import target_masks
+from .mask_evaluation import evaluate_rows
+from .metrics import SegmentationMetrics
+from .picture_grid import picture_grid, save_picture
+from .resume import last_checkpoint
+
+COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
+
+
+@dataclass
+class LoraArguments(MaskDataArguments):
+    model: str = field(kw_only=True, metadata={"help": "ARGenSeg model: folder or Hub name"})
+    lora_rank: int = field(default=16, metadata={"help": "largest rank; lower where the adapters would be too large"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "default: twice the rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    lora_targets: str = field(
+        default="all", metadata={"help": "layers of the language model to adapt", "choices": ["all", "attention"]}
+    )
+    max_adapter_share: float = field(default=0.01, metadata={"help": "the adapters stay below this share of the model"})
+    new_parts: str = field(
+        default="auto",
+        metadata={
+            "help": "train the new tokens' rows and the parts that make queries, too: auto (if they never were, as "
+            "after from_vlm), yes or no",
+            "choices": ["auto", "yes", "no"],
+        },
+    )
+    picture_logit_adjustment: float | None = field(
+        default=None,
+        metadata={"help": "for validation and the merged model; default: the model's own generation configuration"},
+    )
+
+
+@dataclass
+class LoraTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for adapters on a few hundred masks."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder to write", "aliases": ["--output"]})
+    max_steps: int = field(default=1000, metadata={"help": "optimizer steps; -1: as --num_train_epochs says"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "peak learning rate"})
+    warmup_steps: float = field(default=0.03, metadata={"help": "steps of warm-up; below 1: share of the run"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "see transformers.SchedulerType"})
+    eval_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch"})
+    eval_steps: float = field(default=0.125, metadata={"help": "steps between evaluations; below 1: share of the run"})
+    save_strategy: str = field(default="steps", metadata={"help": "no, steps or epoch"})
+    save_steps: float = field(default=0.125, metadata={"help": "steps between checkpoints; below 1: share of the run"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "merge the checkpoint of the best gIoU"})
+    metric_for_best_model: str | None = field(default="giou", metadata={"help": "giou, ciou, n_acc or t_acc"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between logged losses"})
+    report_to: str = field(default="none", metadata={"help": "e.g. tensorboard"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "stays false: the collator opens images"})
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("where shall the results go? Give --output DIR")
+        super().__post_init__()
+
+
+class MaskTrainer(DrawingTrainer):
+    """Evaluates by drawing validation requests; writes the metrics and a grid of pictures to the output folder."""
+
+    def __init__(self, *args: Any, processor: Any, validation: Dataset, shown: int = 12, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.processor, self.validation, self.shown = processor, validation, shown
+
+    def evaluate_drawing(self) -> dict[str, float]:
+        metrics, grid = evaluate_rows(
+            self.model,
+            self.processor,
+            self.validation,
+            batch_size=self.args.eval_batch_size,
+            shown=self.shown,
+            progress=not self.args.disable_tqdm,
+        )
+        output, step = Path(self.args.output_dir), self.state.global_step
+        save_picture(grid, output / f"drawn-{step:06d}.png")
+        rounded = {name: round(value, 4) for name, value in metrics.items()}
+        record = [entry for entry in read_metrics(output) if entry["step"] < step] + [{"step": step} | rounded]
+        write_whole(output / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
+        return metrics
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """What was measured so far, in the order of the steps."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------- before the first step
+
+
+def check_model(name: str, model: Any, processor: Any) -> None:
+    """Raises ValueError: another kind of model, or one without its visual tokenizer."""
+    if not isinstance(model, modeling_argenseg.ARGenSegForConditionalGeneration):
+        raise ValueError(
+            f"{name} is a {type(model).__name__}: make an ARGenSeg model of it first, by "
+            "ARGenSegForConditionalGeneration.from_vlm, and save it with its processor"
+        )
+    if processor.visual_tokenizer is None:
+        raise ValueError(f"{name} has no visual_tokenizer/ folder: masks cannot be tokenised")
+
+
+def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
+    """Model in single precision, and its processor.
+
+    Raises:
+        ValueError: another kind of model, or one without its visual tokenizer.
+    """
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
+    check_model(recipe.model, model, processor)
+    if recipe.picture_logit_adjustment is not None:
+        set_picture_options(model, picture_logit_adjustment=recipe.picture_logit_adjustment)
+    # on a CPU the backward pass of sdpa costs a third of a step more than that of plain attention
+    model.model.language_model.set_attn_implementation("eager" if on_cpu else "sdpa")
+    return model, processor
+
+
+def load_data(recipe: MaskDataArguments, seed: int, progress: bool = True) -> tuple[Dataset, Dataset]:
+    """Training and validation rows; see `load_mask_data`.
+
+    Raises:
+        ValueError: data that cannot be read, or a sample that cannot be used.
+    """
+    options, skip = recipe.reader_options(), recipe.skip_bad_samples
+
+    def load(data: str, split: str) -> Dataset:
+        return load_mask_data(data, split, options, skip, progress)
+
+    train = load(recipe.data, "train")
+    if recipe.eval_data is not None:
+        named = has_split(recipe.eval_data, "validation")
+        validation = load(recipe.eval_data, "validation" if named else "train")
+    elif has_split(recipe.data, "validation"):
+        validation = load(recipe.data, "validation")
+    else:
+        train, validation = split_by_image(train, recipe.validation_share, seed)
+    if len(validation) > recipe.eval_samples:
+        chosen = np.random.default_rng(seed).permutation(len(validation))[: recipe.eval_samples]
+        validation = validation.select(sorted(chosen.tolist()))
+    return train, validation
+
+
+def check_masks(rows: Dataset, processor: Any, output: Path, count: int = 3) -> list[float]:
+    """Decodes the tokens of some training masks again, writes `check_masks.png` and prints how much of them is left.
+
+    Returns:
+        IoU of each with its true mask: about the best that any answer can reach.
+    """
+    with_mask = [i for i, conversation in enumerate(rows["masks"]) if conversation and target_masks(rows[i])]
+    if not with_mask:
+        print("no training sample has a mask: the model will only learn to say that things are not there")
+        return []
+    metrics, lines, ious = SegmentationMetrics(), [], []
+    for place in np.linspace(0, len(with_mask) - 1, min(count, len(with_mask))).round().astype(int).tolist():
+        row = rows[with_mask[place]]
+        size = row["image_size"]
+        drawn = [id_ - processor.visual_token_offset for id_ in row["labels"] if id_ >= processor.visual_token_offset]
+        drawn = [code for code in drawn if code < processor.visual_vocab_size]
+        codes = torch.tensor(drawn).view(-1, processor.num_visual_tokens)[-len(target_masks(row)) :]
+        _, decoded = processor.decode_masks(codes, [size] * len(codes))
+        truth, mask = union_of(target_masks(row), size), np.logical_or.reduce(decoded)
+        ious.append(metrics.add(mask, truth))
+        lines.append((row["image"], row["prompt"], truth, mask, f"from its tokens, IoU {ious[-1]:.2f}"))
+        print(f"  {row['sample']}: {row['prompt']!r}, IoU after tokenising {ious[-1]:.2f}")
+    save_picture(picture_grid(lines, columns=1), output / "check_masks.png")
+    print(f"look at {output / 'check_masks.png'}: these are the masks that the model will learn to draw")
+    if np.mean(ious) < COARSE:
+        print("WARNING: much of these masks is lost; are things too thin or small for the visual tokenizer?")
+    return ious
+
+
+def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[MaskTrainer, AdapterSizes]:
+    """Everything before the first step: data, the look at them, model and adapters.
+
+    Raises:
+        ValueError: with what is wrong, and how to mend it.
+    """
+    output = Path(training.output_dir or ".")
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(training.seed)
+    model, processor = load_model(recipe, on_cpu=training.device.type == "cpu")
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
+    print(
+        f"{len(rows)} training samples, {len(validation)} for validation, {processor.num_visual_tokens} visual tokens"
+    )
+    check_masks(rows, processor, output)
+    new_parts = {"auto": None, "yes": True, "no": False}[recipe.new_parts]
+    config = lora_config(
+        model,
+        recipe.lora_rank,
+        recipe.lora_alpha,
+        recipe.lora_dropout,
+        recipe.lora_targets,
+        recipe.max_adapter_share,
+        new_parts,
+    )
+    adapted, sizes = add_adapters(model, config, recipe.max_adapter_share)
+    print(f"rank {config.r}, {sizes}")
+    trainer = MaskTrainer(
+        model=adapted,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=validation,  # evaluation draws its masks
+        data_collator=MaskCollator(processor),
+        processor=processor,
+        validation=validation,
+        shown=recipe.shown_samples,
+    )
+    return trainer, sizes
+
+
+# ---------------------------------------------------------------------- training and what is left of it
+
+
+def train(trainer: MaskTrainer) -> Path:
+    """Trains, goes on where a run was stopped, and writes adapters and the merged model. Returns the merged folder."""
+    output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
+    if checkpoint is None and trainer.args.eval_strategy != "no":
+        print("before training:", show_metrics(trainer.evaluate()))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.model.save_pretrained(output / "adapter")
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
+    return save_merged(trainer.model, trainer.processor, output / "merged")
+
+
+def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:
+    """The model with its adapters worked in, and its processor: a folder like any other model's, whole or not there."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model = adapted.merge_and_unload()
+    model.save_pretrained(part, save_original_format=False)
+    processor.save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+    return folder
+
+
+def show_metrics(metrics: dict[str, float]) -> str:
+    names = {"giou": "gIoU", "ciou": "cIoU", "n_acc": "N-acc", "t_acc": "T-acc"}
+    values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    return ", ".join(f"{label} {values[name]:.3f}" for name, label in names.items() if name in values)
+
+
+def report(trainer: MaskTrainer, folder: Path) -> None:
+    """Prints how validation went, and how to go on."""
+    measured = read_metrics(Path(trainer.args.output_dir))
+    for entry in measured:
+        print(f"step {entry['step']:6.0f}: {show_metrics(entry)}")
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        print(f"merged: {Path(best).name}, the best on validation")
+    print(f'use it: pipeline("image-segmentation", model="{folder}")')
+
+
+class Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The text as it is written, and the defaults of all options."""
+
+
+def make_parser() -> HfArgumentParser:
+    return HfArgumentParser((LoraArguments, LoraTrainingArguments), description=__doc__, formatter_class=Help)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    try:
+        trainer, _ = prepare(*make_parser().parse_args_into_dataclasses(arguments))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    report(trainer, train(trainer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Command-line options of recipes that train on one's own masks."""
+
+from dataclasses import dataclass, field
+
+from .readers import ReaderOptions
+
+
+@dataclass
+class MaskDataArguments:
+    """One's own masks, and how validation uses them."""
+
+    data: str = field(metadata={"help": "your masks: folder, .jsonl, COCO .json, or a datasets data set"})
+    eval_data: str | None = field(default=None, metadata={"help": "validation data; default: DATA's own, or a share"})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "share of the images set aside where there is no validation data"}
+    )
+    eval_samples: int = field(default=200, metadata={"help": "requests drawn at every evaluation, at most"})
+    shown_samples: int = field(default=12, metadata={"help": "of these, how many are in the pictures"})
+    image_root: str | None = field(default=None, metadata={"help": "folder that paths start from; default: the file's"})
+    prompt: str | None = field(default=None, metadata={"help": "what all masks show, if the data have no prompts"})
+    columns: list[str] = field(
+        default_factory=list, metadata={"help": "names of your columns, e.g. --columns image=photo prompt=query"}
+    )
+    coco_prompts: str = field(
+        default="auto",
+        metadata={"help": "COCO: categories, captions, or auto", "choices": ["auto", "categories", "captions"]},
+    )
+    absent_per_image: int = field(
+        default=0, metadata={"help": "COCO: requests per image for categories that are not in it, answered in words"}
+    )
+    skip_bad_samples: bool = field(
+        default=False, metadata={"help": "leave out samples that cannot be used and count them; default: stop"}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "of tokenised masks; default: that of datasets"})
+
+    def reader_options(self) -> ReaderOptions:
+        """Raises ValueError: `--columns` is not a list of part=name."""
+        pairs = [text.partition("=") for text in self.columns]
+        columns = {part: name for part, _, name in pairs}
+        if not all(columns.values()) or not columns.keys() <= {"image", "prompt", "mask"}:
+            raise ValueError(f"--columns takes image=NAME, prompt=NAME and mask=NAME, not {' '.join(self.columns)}")
+        return ReaderOptions(self.image_root, self.prompt, columns, self.coco_prompts, self.absent_per_image)

@@ -1,0 +1,273 @@
+"""Readers of the data formats. Each turns files into `RawSample`s; nothing is opened or checked beyond the text."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image
+
+from .mask_values import split_masks
+from .samples import IMAGE_MARKER, MASK_MARKER, BadSample, RawSample, Source
+
+ALIASES = {
+    "image": ("image", "file_name", "image_path"),
+    "prompt": ("prompt", "text", "caption", "expression"),
+    "mask": ("mask", "masks", "segmentation", "mask_path"),
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PROMPT_FILES = ("prompts.csv", "metadata.jsonl", "metadata.csv", "prompts.jsonl")
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass
+class ReaderOptions:
+    """How to read what a file leaves open.
+
+    Attributes:
+        image_root: folder that relative image and mask paths start from; default: the file's own.
+        prompt: what to segment where the data hold no prompts at all.
+        columns: the data's names of "image", "prompt" and "mask", where they are unusual.
+        coco_prompts: "categories", "captions", or "auto": captions where annotations have them.
+        absent_per_image: for COCO categories, requests for each image of things that are not in it.
+    """
+
+    image_root: str | Path | None = None
+    prompt: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    coco_prompts: str = "auto"
+    absent_per_image: int = 0
+
+    def find(self, row: dict[str, Any], part: str) -> str | None:
+        """The name that a row has for "image", "prompt" or "mask"; None if it has none of the usual."""
+        names = (self.columns[part],) if part in self.columns else ALIASES[part]
+        return next((name for name in names if name in row), None)
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def plain_row(row: Any, where: str, root: Path, options: ReaderOptions) -> RawSample:
+    """A row with image, prompt and mask, or with `conversations` as the released project writes them.
+
+    Raises:
+        BadSample: a field is missing.
+    """
+    if isinstance(row, BadSample):
+        raise row
+    if not isinstance(row, dict):
+        raise BadSample(where, "", f"not an object with image, prompt and mask, but {type(row).__name__}")
+    names: dict[str, Any] = {part: options.find(row, part) for part in ALIASES}
+    if names["image"] is None or row[names["image"]] in (None, ""):
+        raise BadSample(where, names["image"] or "image", _missing(row, "image"))
+    fields = {part: name for part, name in names.items() if name is not None}
+    if isinstance(row.get("conversations"), list):
+        return _conversation_row(row, where, root, fields)
+    prompt = options.prompt if names["prompt"] is None else row[names["prompt"]]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise BadSample(where, names["prompt"] or "prompt", _missing(row, "prompt"))
+    if names["mask"] is None:
+        raise BadSample(where, "mask", _missing(row, "mask") + "; null or [] says that the thing is not there")
+    return RawSample(where, row[names["image"]], prompt.strip(), split_masks(row[names["mask"]]), None, fields, root)
+
+
+def _missing(row: dict[str, Any], part: str) -> str:
+    return f"no {part} (the row has {', '.join(map(repr, row)) or 'nothing'}; name a column of yours by --columns)"
+
+
+def _conversation_row(row: dict[str, Any], where: str, root: Path, fields: dict[str, str]) -> RawSample:
+    turns = []
+    for number, turn in enumerate(row["conversations"]):
+        role = ROLES.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if role else None
+        if not isinstance(text, str):
+            raise BadSample(where, f"conversations[{number}]", "a turn needs 'from' (human or gpt) and 'value' (text)")
+        turns.append({"role": role or "", "content": re.sub(IMAGE_MARKER + "\n?", "", text)})
+    images = sum(str(turn).count(IMAGE_MARKER) for turn in row["conversations"])
+    if images > 1 or isinstance(row[fields["image"]], list):
+        raise BadSample(where, fields["image"], "several images in one conversation are not supported; give one")
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or turns[-2]["role"] != "user":
+        raise BadSample(where, "conversations", "it must end in a request (human) and its answer (gpt)")
+    if any(MASK_MARKER in turn["content"] for turn in turns if turn["role"] != "assistant"):
+        raise BadSample(where, "conversations", f"only answers (gpt) may hold {MASK_MARKER}")
+    masks = split_masks(row[fields["mask"]]) if "mask" in fields else []
+    markers = sum(turn["content"].count(MASK_MARKER) for turn in turns)
+    if markers != len(masks):
+        raise BadSample(
+            where, fields.get("mask", "mask"), f"{len(masks)} masks for {markers} {MASK_MARKER} in the text"
+        )
+    return RawSample(where, row[fields["image"]], turns[-2]["content"].strip(), masks, turns, fields, root)
+
+
+def _each(read: Callable[[str, Any], RawSample], rows: Iterable[tuple[str, Any]]) -> Iterator[RawSample | BadSample]:
+    """The samples of rows (where, row), with an error in the place of one that is broken, so that reading goes on."""
+    for where, row in rows:
+        try:
+            yield read(where, row)
+        except BadSample as error:
+            yield error
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read_jsonl(path: Path, options: ReaderOptions) -> Source:
+    """One JSON object a line; empty lines are passed over."""
+    root = Path(options.image_root or path.parent)
+    rows = _rows_of_jsonl(path)
+    return Source(_each(lambda where, row: plain_row(row, where, root, options), rows), len(rows))
+
+
+def read_folder(folder: Path, options: ReaderOptions) -> Source:
+    """Images, masks of the same name, and `prompts.csv` or `metadata.jsonl`; without these, one prompt for all.
+
+    Images lie in the folder or in `images/`, masks (PNG) in `masks/` or beside the image. A row may name its own mask;
+    one that is null or empty says that the thing is not there.
+
+    Raises:
+        ValueError: there are neither prompts nor `options.prompt`, or no images.
+    """
+    listed = next((folder / name for name in PROMPT_FILES if (folder / name).is_file()), None)
+    if listed is None:
+        rows = _rows_of_images(folder, options)
+    elif listed.suffix == ".csv":
+        rows = _rows_of_csv(listed)
+    else:
+        rows = _rows_of_jsonl(listed)
+
+    def parse(where: str, row: Any) -> RawSample:
+        if not isinstance(row, dict) or options.find(row, "image") is None:
+            return plain_row(row, where, folder, options)
+        name = options.find(row, "image") or ""
+        image = _find_image(folder, row[name])
+        if options.find(row, "mask") is None and "conversations" not in row:
+            row = row | {options.columns.get("mask", "mask"): _same_named_mask(folder, image, where)}
+        return plain_row(row | {name: image}, where, folder, options)
+
+    return Source(_each(parse, rows), len(rows))
+
+
+def _rows_of_images(folder: Path, options: ReaderOptions) -> list[tuple[str, Any]]:
+    if not options.prompt:
+        raise ValueError(
+            f"{folder}: what is to be segmented? Write a prompts.csv with the columns image and prompt "
+            "(and mask, if it is not called like its image), or give one prompt for all images by --prompt"
+        )
+    place = folder / "images" if (folder / "images").is_dir() else folder
+    names = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if place == folder:  # a PNG beside a photograph of the same name is its mask
+        photos = {path.stem for path in names if path.suffix.lower() != ".png"}
+        names = [path for path in names if path.suffix.lower() != ".png" or path.stem not in photos]
+    if not names:
+        raise ValueError(f"{place} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    return [(str(path), {"image": str(path.relative_to(folder))}) for path in names]
+
+
+def _rows_of_csv(path: Path) -> list[tuple[str, Any]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        rows: list[tuple[str, Any]] = []
+        for row in reader:
+            where = f"{path} line {reader.line_num}"
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or [])
+                broken = BadSample(where, "", f"not {wanted} columns; put texts that hold commas in double quotes")
+                rows.append((where, broken))
+            else:
+                rows.append((where, {name.strip(): value.strip() for name, value in row.items()}))
+    return rows
+
+
+def _rows_of_jsonl(path: Path) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        where = f"{path} line {number}"
+        try:
+            rows += [(where, json.loads(line))] if line.strip() else []
+        except json.JSONDecodeError as error:
+            rows.append((where, BadSample(where, "", f"not JSON: {error}")))
+    return rows
+
+
+def _find_image(folder: Path, name: Any) -> Any:
+    """A name as it stands in the list, or with `images/` before it, or without its suffix."""
+    if not isinstance(name, str) or not name or (folder / name).is_file():
+        return name
+    for place in ("images", "."):
+        for candidate in (name, *(name + suffix for suffix in IMAGE_SUFFIXES)):
+            if (folder / place / candidate).is_file():
+                return f"{place}/{candidate}"
+    return name
+
+
+def _same_named_mask(folder: Path, image: Any, where: str) -> str:
+    path = Path(str(image))
+    inner = Path(*path.parts[1:]) if path.parts[:1] == ("images",) else path
+    candidates = [Path("masks") / inner.with_suffix(".png"), Path("masks") / f"{inner}.png"]
+    if path.suffix.lower() != ".png":
+        candidates.append(path.with_suffix(".png"))
+    for candidate in candidates:
+        if (folder / candidate).is_file():
+            return str(candidate)
+    raise BadSample(where, "mask", f"no {candidates[0]} in {folder}; an empty field says that the thing is not there")
+
+
+def read_json(path: Path, options: ReaderOptions) -> Source:
+    """COCO instances, or a list of rows as in JSONL.
+
+    Raises:
+        ValueError: the file is neither.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}; is it JSONL? Then call it .jsonl") from None
+    if isinstance(content, list):
+        root = Path(options.image_root or path.parent)
+        rows = [(f"{path} item {number}", row) for number, row in enumerate(content)]
+        return Source(_each(lambda where, row: plain_row(row, where, root, options), rows), len(rows))
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path}: COCO needs 'images', 'annotations' and 'categories'; other JSON is a list of rows")
+    from .coco import read_coco
+
+    return read_coco(content, path, options)
+
+
+# ---------------------------------------------------------------------- data sets
+
+
+def read_table(table: Dataset, name: str, options: ReaderOptions) -> Source:
+    """A `datasets` table: `image` an Image or a path, `mask` an Image, a path, RLE, polygons or null.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    columns = dict.fromkeys(table.column_names)
+    wanted = {part: options.find(columns, part) for part in ALIASES}
+    optional = {"prompt"} if options.prompt or "conversations" in columns else set()
+    optional |= {"mask"} if "conversations" in columns else set()
+    for part in ALIASES:
+        if wanted[part] is None and part not in optional:
+            raise ValueError(f"{name}: no column {part!r} among {table.column_names}; name it by --columns {part}=...")
+    image = wanted["image"] or ""
+    is_image = isinstance(table.features[image], Image)
+    root = Path(options.image_root or "")
+
+    def read(where: str, number: int) -> RawSample:
+        try:
+            row = table[number]
+        except Exception as error:  # whatever a decoder raises
+            raise BadSample(where, "", f"cannot be decoded: {error}") from None
+        found = plain_row(row, where, root, options)
+        found.row = number if is_image else -1
+        return found
+
+    samples = _each(read, ((f"{name} row {number}", number) for number in range(len(table))))
+    images = None
+    if is_image:
+        images = table.select_columns([image])
+        images = images if image == "image" else images.rename_column(image, "image")
+    return Source(samples, len(table), images)
