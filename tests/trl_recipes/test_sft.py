@@ -1,0 +1,177 @@
+"""TRL's trainer on one's own masks: the loss is the model's, what should train does, and nothing else moves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import own_masks
+import pytest
+import tiny
+import torch
+import yaml
+from adapted import check_what_moved
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+from trl import SFTTrainer
+
+from trl_recipes import sft
+from trl_recipes.lora import read_metrics
+
+CONFIGS = Path(sft.__file__).parent / "configs"
+STEPS = 30
+
+
+def command(config: str, model: Path, data: Path, output: Path, /, **changes) -> list[str]:
+    """Arguments of a run that learns the six requests by heart."""
+    options = dict(
+        config=CONFIGS / f"{config}.yaml", model_name_or_path=model, data=data, eval_data=data, output_dir=output,
+        max_steps=STEPS, eval_steps=STEPS, save_steps=STEPS // 2, warmup_steps=1, per_device_train_batch_size=6,
+        learning_rate=1e-2, logging_steps=1, use_cpu=True, disable_tqdm=True, cache_dir=data.parent / "cache",
+    )  # fmt: skip
+    return [str(word) for name, value in (options | changes).items() for word in (f"--{name}", value)]
+
+
+def prepared(arguments: list[str]) -> sft.MaskSFTTrainer:
+    return sft.prepare(*sft.make_parser().parse_args_and_config(arguments))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return own_masks.as_jsonl(tmp_path_factory.mktemp("data") / "own")
+
+
+@pytest.fixture(scope="module")
+def full(toy_folder, data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("full") / "out"
+    sft.main(command("sft_full", toy_folder, data, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def with_adapters(toy_folder, data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("lora") / "out"
+    sft.main(command("sft_lora", toy_folder, data, output, learning_rate=3e-2))
+    return output
+
+
+def states(before: Path, after: Path) -> tuple[dict, dict]:
+    return tuple(AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (before, after))
+
+
+def check_learned(output: Path) -> None:
+    """The loss fell, and the requests are answered as the data say: with a mask, or with words."""
+    logged = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry for entry in logged if "loss" in entry]
+    assert len(losses) == STEPS
+    for name in ("loss", "visual_loss"):
+        assert losses[-1][name] < 0.1 * losses[0][name], name
+    measured = read_metrics(output)
+    assert [entry["step"] for entry in measured] == [0, STEPS]
+    assert measured[-1]["n_acc"] == measured[-1]["t_acc"] == 1
+
+
+def test_full_training_learns_the_new_masks(full):
+    check_learned(full)
+    for name in ("check_masks.png", "learning_curve.png", f"drawn-{STEPS:06d}.png", "visual_tokenizer/config.json"):
+        assert (full / name).is_file()
+
+
+def test_full_training_moves_all_but_the_vision_tower_and_the_codebook(full, toy_folder):
+    before, after = states(toy_folder, full)
+    assert before.keys() == after.keys()
+    frozen = [name for name in before if ".vision_tower." in name or ".quantizer." in name]
+    assert len(frozen) > 10
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name in frozen), name
+    old, new = (load_file(folder / "visual_tokenizer/model.safetensors") for folder in (toy_folder, full))
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_the_vision_tower_trains_when_asked_to(toy_folder, data, tmp_path):
+    trainer = prepared(command("sft_full", toy_folder, data, tmp_path / "out", train_vision_tower=True))
+    assert all(p.requires_grad for p in trainer.model.model.vlm.vision_tower.parameters())
+    assert not any(p.requires_grad for p in trainer.model.model.quantizer.parameters())
+
+
+def test_adapters_learn_the_new_masks_and_move_nothing_else(with_adapters, toy_folder):
+    check_learned(with_adapters)
+    merged = AutoModelForImageTextToText.from_pretrained(with_adapters / "merged")
+    check_what_moved(AutoModelForImageTextToText.from_pretrained(toy_folder).state_dict(), merged, new_parts=False)
+    assert (with_adapters / "adapter_model.safetensors").is_file()
+
+
+@pytest.fixture
+def fresh_folder(toy_folder, tmp_path) -> Path:
+    """A model whose drawing parts have never been trained, as `from_vlm` makes it."""
+    shutil.copytree(toy_folder, tmp_path / "fresh")
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder)
+    for part in (model.model.generation_projector, model.model.scale_embedding, model.model.position_embedding):
+        for parameter in part.parameters():
+            torch.nn.init.zeros_(parameter)
+    model.save_pretrained(tmp_path / "fresh")
+    return tmp_path / "fresh"
+
+
+def test_new_token_rows_train_beside_the_adapters(fresh_folder, data, tmp_path):
+    quick = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    sft.main(command("sft_lora", fresh_folder, data, tmp_path / "out", **quick))
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged")
+    check_what_moved(AutoModelForImageTextToText.from_pretrained(fresh_folder).state_dict(), merged, new_parts=True)
+
+
+@pytest.mark.parametrize("config", ["sft_full", "sft_lora"])
+def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
+    trainer = prepared(command(config, toy_folder, data, tmp_path / "out"))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder)
+    assert int(model.config.is_visual(batch["labels"]).sum()) == 4 * tiny.T  # the visual tokens are in the batch
+    expected = {}
+    for weight in (1.0, 0.25):
+        model.config.visual_loss_weight = weight
+        base = trainer.model if config == "sft_full" else trainer.model.get_base_model()
+        base.config.visual_loss_weight = weight
+        with torch.no_grad():
+            expected[weight] = model(**batch).loss
+            found = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(7))
+        torch.testing.assert_close(found, expected[weight], rtol=1e-4, atol=1e-5)
+    assert abs(expected[1.0] - expected[0.25]) > 1e-3
+    with torch.no_grad():
+        theirs = SFTTrainer.compute_loss(trainer, trainer.model, dict(batch))
+    assert abs(theirs - expected[0.25]) > 1e-3  # TRL's own would be another
+
+
+def test_a_stopped_run_goes_on(full, toy_folder, data, tmp_path):
+    shutil.copytree(full / f"checkpoint-{STEPS // 2}", tmp_path / f"checkpoint-{STEPS // 2}")
+    sft.main(command("sft_full", toy_folder, data, tmp_path))
+    expected, found = states(full, tmp_path)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sft_full", "sft_lora"])
+def test_the_configurations_are_read_and_the_command_line_goes_before_them(name, tmp_path):
+    path = CONFIGS / f"{name}.yaml"
+    words = ["--config", str(path), "--data", "d", "--output_dir", str(tmp_path), "--max_steps", "7"]
+    recipe, training, model_args = sft.make_parser().parse_args_and_config(words)
+    written = yaml.safe_load(path.read_text())
+    assert training.max_steps == 7 and recipe.data == "d"
+    assert training.learning_rate == written["learning_rate"]
+    assert model_args.use_peft == (name == "sft_lora") and not training.bf16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"packing": True}, "--packing does not go with"),
+        ({"padding_free": True}, "--padding_free"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_trained(changes, message, toy_folder, data, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        sft.main(command("sft_full", toy_folder, data, tmp_path / "out", **changes))
+
+
+def test_a_model_must_be_named(data, tmp_path):
+    words = ["--data", str(data), "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    with pytest.raises(SystemExit, match="--model_name_or_path"):
+        sft.main(words)

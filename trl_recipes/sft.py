@@ -1,0 +1,180 @@
+"""Fine-tunes an ARGenSeg model on your own masks with TRL's `SFTTrainer`.
+
+    # full: everything but the vision tower
+    python -m trl_recipes.sft --config trl_recipes/configs/sft_full.yaml \\
+        --model_name_or_path hub_cards/argenseg-tiny --data my_masks/ --output_dir out/sft
+
+    # LoRA: adapters on the language model
+    python -m trl_recipes.sft --config trl_recipes/configs/sft_lora.yaml \\
+        --model_name_or_path hub_cards/argenseg-tiny --data my_masks/ --output_dir out/sft-lora
+
+The options are those of TRL (`SFTConfig`, `ModelConfig`), and those of `trl_recipes.lora` for the data; a YAML file
+holds any of them, and the command line goes before it. More processes: `accelerate launch --config_file ... -m
+trl_recipes.sft ...`. A run that was stopped goes on from its last checkpoint when the same command is given again.
+
+What this trainer changes, and why: TRL computes a cross-entropy of its own from the head's weights and never asks the
+model for its loss, so that the weights of text and of the scales of a picture would be lost. Here the loss is the
+model's. Rows are tokenised before training (masks become visual tokens once), so that TRL's chat templating, packing
+and truncation do not take part; its token accuracy and entropy are not logged. LoRA goes to the language model alone,
+where `--lora_target_modules` does not say otherwise: names such as q_proj would hit the vision tower, too.
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from trl import (
+    ModelConfig,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from .adapters import lora_config
+from .learning_curve import learning_curve
+from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics, report, save_merged, show_metrics
+from .mask_data import MaskCollator, tokenise_masks
+from .mask_data.arguments import MaskDataArguments
+from .picture_grid import save_picture
+from .resume import last_checkpoint
+
+
+@dataclass
+class SFTMaskArguments(MaskDataArguments):
+    train_vision_tower: bool = field(
+        default=False, metadata={"help": "full fine-tuning: train the vision tower, too; default: it stays as it is"}
+    )
+
+
+class MaskSFTTrainer(MaskTrainer, SFTTrainer):  # type: ignore[misc]
+    """`SFTTrainer` with the model's own loss, that evaluates by drawing masks (both are `MaskTrainer`'s).
+
+    Rows are those of `tokenise_masks`, batched by `MaskCollator`.
+    """
+
+
+def load_model(args: ModelConfig) -> tuple[Any, Any]:
+    """Model and processor.
+
+    Raises:
+        ValueError: no name is given, another kind of model, or one without its visual tokenizer.
+    """
+    name = args.model_name_or_path
+    if name is None:
+        raise ValueError("which model? Give --model_name_or_path, a folder or a Hub name")
+    processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
+    model = AutoModelForImageTextToText.from_pretrained(
+        name,
+        revision=args.model_revision,
+        dtype=args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype),
+        attn_implementation=args.attn_implementation,
+        quantization_config=get_quantization_config(args),
+    )
+    check_model(name, model, processor)
+    return model, processor
+
+
+def adapters(model: Any, args: ModelConfig) -> PeftConfig | None:
+    """What `--use_peft` asks for, None without it. Left open by the command line: adapters go to all linear layers of
+    the language model, and in a model that `from_vlm` has just made the new parts train whole beside them."""
+    config = get_peft_config(args)
+    if config is None:
+        return None
+    usual = lora_config(model, args.lora_r, args.lora_alpha, args.lora_dropout, max_share=1.0)
+    if config.target_modules is None:
+        config.target_modules = usual.target_modules
+    if config.modules_to_save is None:
+        config.modules_to_save = usual.modules_to_save
+        config.trainable_token_indices = usual.trainable_token_indices
+    return config
+
+
+def freeze(model: Any, train_vision_tower: bool) -> None:
+    """For full fine-tuning: the vision tower does not train (the codebook never does).
+
+    Raises:
+        ValueError: the weights are quantised, and only adapters on them can train.
+    """
+    if getattr(model, "is_quantized", False):
+        raise ValueError("quantised weights cannot train whole: add --use_peft")
+    if not train_vision_tower:
+        model.model.vlm.vision_tower.requires_grad_(False)
+
+
+def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConfig) -> MaskSFTTrainer:
+    """Everything before the first step.
+
+    Raises:
+        ValueError: with what is wrong, and how to mend it.
+    """
+    for name in ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel"):
+        if getattr(training, name):
+            raise ValueError(f"--{name} does not go with rows that are tokenised before training: leave it out")
+    training.remove_unused_columns = False  # the collator opens images
+    training.max_length = None  # a picture cannot be cut
+    output = Path(training.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(training.seed)
+    model, processor = load_model(model_args)
+    config = adapters(model, model_args)
+    if config is None:
+        freeze(model, recipe.train_vision_tower)
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
+    check_masks(rows, processor, output)
+    trainer = MaskSFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=validation,  # evaluation draws its masks
+        data_collator=MaskCollator(processor),
+        processing_class=processor,
+        peft_config=config,
+        processor=processor,
+        validation=validation,
+        shown=recipe.shown_samples,
+    )
+    count, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    print(f"{len(rows)} training samples, {len(validation)} for validation; {count:,} of {total:,} parameters train")
+    return trainer
+
+
+def train(trainer: MaskSFTTrainer) -> Path:
+    """Trains, goes on where a run was stopped, and saves: the whole model, or the adapters and, where the weights are
+    not quantised, `merged/`. Returns the folder to load."""
+    output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
+    if checkpoint is None and trainer.args.eval_strategy != "no":
+        print("before training:", show_metrics(trainer.evaluate()))
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or checkpoint)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
+    trainer.save_model(output)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    if isinstance(trainer.model, PeftModel) and not getattr(trainer.model.get_base_model(), "is_quantized", False):
+        return save_merged(trainer.model, trainer.processor, output / "merged")
+    return output
+
+
+def make_parser() -> TrlParser:
+    kinds: Any = (SFTMaskArguments, SFTConfig, ModelConfig)
+    return TrlParser(kinds, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training, model_args = make_parser().parse_args_and_config(arguments)
+    try:
+        trainer = prepare(recipe, training, model_args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    report(trainer, train(trainer))
+
+
+if __name__ == "__main__":
+    main()
