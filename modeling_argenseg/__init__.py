@@ -15,7 +15,10 @@ from processing.pipeline_argenseg import SegmentationPipelineDispatch
 from .configuration_argenseg import ARGenSegConfig, VARTokenizerConfig
 from .generation_argenseg import ARGenSegGenerateOutput, ARGenSegGenerationMixin
 from .modeling_argenseg import ARGenSegForConditionalGeneration, ARGenSegModel, ARGenSegPreTrainedModel
-from .var_tokenizer import MultiScaleQuantizer, VARTokenizer
+from .picture_streamer import PartialPicture, PictureStreamer
+from .shared_prefix import EncodedImage
+from .var_quantizer import MultiScaleQuantizer
+from .var_tokenizer import VARTokenizer
 from .vision_efficientnet_lite import (
     EfficientNetLiteVisionConfig,
     EfficientNetLiteVisionModel,
@@ -45,10 +48,13 @@ __all__ = [
     "ARGenSegProcessor",
     "EfficientNetLiteVisionConfig",
     "EfficientNetLiteVisionModel",
+    "EncodedImage",
     "HybridInternVLConfig",
     "HybridInternVLForConditionalGeneration",
     "HybridInternVLModel",
     "MultiScaleQuantizer",
+    "PartialPicture",
+    "PictureStreamer",
     "VARTokenizer",
     "VARTokenizerConfig",
 ]

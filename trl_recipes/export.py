@@ -3,13 +3,15 @@
     python -m trl_recipes.export --model out/fine --output hub_cards/argenseg-tiny
 
 The model's weights are rounded to fp16 in the file, while `config.json` says float32, so that `from_pretrained` runs in
-fp32 everywhere at half the download. The visual tokenizer stays fp32: in less, the nearest codes come out different.
+fp32 everywhere at half the download. Visual tokenizer and codebook stay fp32 where rounding would change a number (with
+other numbers the nearest codes come out different); those of `train_visual_tokenizer` are fp16 numbers already.
 Files that are in the output folder and that no part writes (such as the card) are left alone.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,38 +20,53 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
 
-def store_in_half(folder: Path) -> None:
-    """Rounds `model.safetensors` to fp16, but for the quantizer, and keeps the float32 of `config.json`.
+def store_in_half(path: Path, exact: str) -> None:
+    """Rewrites a safetensors file in fp16; tensors with `exact` in their name only where that changes no number.
 
     Raises:
         ValueError: a weight does not fit into fp16.
     """
-    path = folder / "model.safetensors"
     tensors = load_file(path)
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.float32 or ".quantizer." in name:
+        if tensor.dtype != torch.float32:
             continue
-        tensors[name] = tensor.half()
-        if not bool(tensors[name].isfinite().all()):
+        half = tensor.half()
+        if exact in name and not torch.equal(half.float(), tensor):
+            continue
+        if not bool(half.isfinite().all()):
             raise ValueError(f"{name} holds values beyond fp16's range; publish it in float32")
+        tensors[name] = half
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def require_float32(folder: Path) -> None:
+    """Raises ValueError unless `config.json` makes `from_pretrained` load in float32."""
     config = json.loads((folder / "config.json").read_text())
     if config.get("dtype") != "float32":
         raise ValueError(f"config.json says dtype {config.get('dtype')!r}; export from a float32 model")
+
+
+def set_picture_options(model: Any, **options: Any) -> None:
+    """Makes options of `generate` for pictures, such as `picture_logit_adjustment`, defaults that are saved."""
+    settings = model.generation_config.to_dict()
+    settings["_from_model_config"] = False  # or transformers would not read entries of ours back
+    model.generation_config = GenerationConfig(**(settings | options))
 
 
 def export(source: str | Path, output: str | Path, picture_logit_adjustment: float | None = None) -> Path:
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(source)
     model.config.visual_tokenizer_config.name_or_path = ""  # no paths of the machine that trained it
+    set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)
     if picture_logit_adjustment is not None:
-        settings = model.generation_config.to_dict()
-        settings["_from_model_config"] = False  # or transformers would not read entries of ours back
-        model.generation_config = GenerationConfig(**settings, picture_logit_adjustment=picture_logit_adjustment)
+        set_picture_options(model, picture_logit_adjustment=picture_logit_adjustment)
     model.save_pretrained(output, save_original_format=False)
-    AutoProcessor.from_pretrained(source).save_pretrained(output)
-    store_in_half(output)
+    processor.save_pretrained(output)
+    for folder, exact in ((output, ".quantizer."), (output / "visual_tokenizer", "")):
+        require_float32(folder)
+        store_in_half(folder / "model.safetensors", exact)
     return output
 
 

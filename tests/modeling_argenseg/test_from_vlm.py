@@ -103,13 +103,13 @@ def test_trains_and_draws(make, changes):
     row = torch.cat([ids, stream(start, picture - tiny.FIRST_VISUAL + first, EOS)], dim=1)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(60):
+    for _ in range(90):
         out = net.train()(row, pixel_values=images, labels=row)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
         losses.append(out.visual_loss.item())
-    assert all(parameter.grad is not None for parameter in new_parts(net))
+    assert all(bool(parameter.grad.any()) for parameter in new_parts(net))
     assert losses[-1] < 0.1 * losses[0]
     prompt = torch.cat([ids, stream(start)], dim=1)
     sequence = net.eval().generate(prompt, pixel_values=images, max_new_tokens=1, do_sample=False)

@@ -28,7 +28,7 @@ from tiny import (
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from modeling_argenseg.var_tokenizer import Decoder
+from modeling_argenseg.var_layers import Decoder
 
 SIZES = [side * side for side in SIDES]
 EVERY_ATTENTION = [(scale, kind) for scale in ("causal", "block") for kind in ("eager", "sdpa")]
@@ -188,19 +188,20 @@ class TestWork:
 
     def test_one_picture(self):
         _, calls = self.run([PROMPTS[0]], [SURE, GEN_START, DONE, CAT], **images_of(0))
-        # prompt; SURE; <gen_start>; the scales after the first; <gen_end>; DONE; CAT. EOS is not read.
-        assert calls.lengths == [5, 1, 1, 4, 9, 16, 1, 1, 1]
+        # prompt; SURE; <gen_start>; the scales after the first, <gen_end> with the last; DONE; CAT. EOS is not read.
+        assert calls.lengths == [5, 1, 1, 4, 9, 16 + 1, 1, 1]
         assert calls.head == [1, 1, 1, 1, 1, 1]  # all but the three scales, one position each
         assert calls.vision == 1 and calls.decoder == 0
 
     def test_a_prefilled_start_costs_one_prefill_and_the_scales(self):
         _, calls = self.run([stream(CAT, DOG, GEN_START)], [DONE], max_new_tokens=1)
-        assert calls.lengths == [3, 4, 9, 16, 1]
+        assert calls.lengths == [3, 4, 9, 16 + 1]
 
     def test_pending_pictures_are_drawn_together(self):
         _, calls = self.run(PROMPTS, *TEXTS, **images_of(0, 3))
+        sweep = [*SIZES[1:-1], SIZES[-1] + 1]
         # five steps until the last row has its <gen_start>, one sweep for three rows, text, a sweep for one row
-        assert calls.lengths == [PROMPTS[3].shape[1], *[1] * 5, *SIZES[1:], 1, 1, 1, 1, *SIZES[1:], 1, 1]
+        assert calls.lengths == [PROMPTS[3].shape[1], *[1] * 5, *sweep, 1, 1, 1, *sweep, 1]
 
     def test_no_picture_costs_what_text_costs(self):
         _, calls = self.run([PROMPTS[2]], TEXTS[2])

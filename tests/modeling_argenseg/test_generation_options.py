@@ -277,7 +277,11 @@ class TestOutputs:
             ({"synced_gpus": True}, "synced_gpus"),
             ({"output_attentions": True}, "does not collect"),
             ({"output_hidden_states": True}, "does not collect"),
-            ({"cache_implementation": "static"}, "static cache"),
+            ({"picture_stop_at_scale": 5}, "from 1 to 4"),
+            ({"picture_stop_at_scale": 0}, "from 1 to 4"),
+            ({"picture_prefill": "sometimes"}, "one of"),
+            ({"picture_prefill": "always"}, "picture_answer_ids"),
+            ({"picture_answer_ids": [SURE]}, "once"),
         ],
     )
     def test_what_is_not_supported_is_said(self, options, message):

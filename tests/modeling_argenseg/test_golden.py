@@ -65,6 +65,7 @@ def training(golden, model):
         pixel_values=golden["vit/pixel_values"],
         attention_mask=golden["train/attention_mask"],
         labels=labels,
+        skip_logits=False,
     )
     outputs.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import AutoModel
 
 from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
-from modeling_argenseg.var_tokenizer import SharedPhi
+from modeling_argenseg.var_quantizer import SharedPhi
 
 
 def square(count: int = 2, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -104,7 +104,8 @@ def test_pictures_of_the_wrong_size_are_refused(shape):
         ({"patch_nums": (1, 2, 3, 8)}, "as fine as the latent"),
         ({"image_size": 32}, "as fine as the latent"),
         ({"image_size": 18, "patch_nums": (1, 2, 4)}, "as fine as the latent"),
-        ({"patch_nums": (1, 3, 3, 4)}, "must grow"),
+        ({"patch_nums": (1, 3, 2, 4)}, "coarse to fine"),
+        ({"rate_weight": [0.1, 0.2]}, "2 numbers for"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(changes, message):
@@ -132,6 +133,32 @@ def test_rate_decides_near_ties_only(rate_weight, chosen):
     quantizer.ema_vocab_hit_SV[:, 7], quantizer.ema_vocab_hit_SV[:, 3] = 0.9, 0.1
     near_tie, clear_3, clear_7 = 0.001 * torch.ones(8), 0.9 * torch.ones(8), -0.9 * torch.ones(8)
     assert quantizer.nearest(torch.stack([near_tie, clear_3, clear_7]), 0).tolist() == chosen
+
+
+def test_each_scale_may_have_its_own_price():
+    rates = [0.0, 0.5, 1.0, 3.0]
+    priced = visual_tokenizer(rate_weight=rates).quantize
+    priced.ema_vocab_hit_SV.copy_(torch.rand(len(SIDES), CODES) ** 4)
+    rest, chosen = torch.randn(200, 8), []
+    for scale, rate in enumerate(rates):
+        plain = visual_tokenizer(rate_weight=rate).quantize
+        plain.load_state_dict(priced.state_dict())
+        chosen.append(priced.nearest(rest, scale))
+        assert torch.equal(chosen[-1], plain.nearest(rest, scale))
+    assert not torch.equal(chosen[0], chosen[-1])
+
+
+def test_a_side_may_come_twice_and_the_second_pass_codes_what_was_left():
+    torch.manual_seed(0)
+    model = visual_tokenizer(patch_nums=(1, 2, 4, 4)).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.5)
+    model.quantize.embedding.weight.data[0] = 0  # so that no pass makes it worse
+    ids = model.encode(square(2))
+    assert ids.shape == (2, 1 + 4 + 16 + 16) and model.decode(ids).shape == (2, 3, 16, 16)
+    f, f_hats = model.latent(square(2)), list(model.quantize.accumulate(ids))
+    errors = [(f - f_hat).square().sum() for f_hat in f_hats]
+    assert errors[3] < errors[2]
+    assert torch.equal(model.next_scale_inputs(ids)[:, -16:], f_hats[2].flatten(2).transpose(1, 2))
 
 
 def test_training_loss_by_hand():
@@ -220,3 +247,32 @@ def test_blocks_without_a_norm_start_as_the_identity(norm_num_groups, zero):
     block = model.encoder.mid.block_1
     hidden = torch.randn(1, block.conv1.in_channels, 4, 4)
     assert torch.equal(block(hidden), hidden) == zero
+
+
+def test_a_faster_decoder_leaves_tokens_alone():
+    model = visual_tokenizer()
+    ids = torch.randint(CODES, (2, T))
+    pictures = torch.randn(2, 3, 16, 16).clamp(-1, 1)
+    codes, plain, scales = model.encode(pictures), model.decode(ids), model.decode_scales(ids)
+    kinds = set()
+    model.decoder.conv_in.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+    model.decode_dtype = torch.bfloat16
+    faster = model.decode(ids)
+    assert kinds == {torch.bfloat16} and faster.dtype == plain.dtype == torch.float32
+    torch.testing.assert_close(faster, plain, atol=0.1, rtol=0.1)
+    assert not torch.equal(faster, plain) and torch.equal(model.encode(pictures), codes)
+    torch.testing.assert_close(model.decode_scales(ids), scales, atol=0.1, rtol=0.1)
+    model.decode_dtype = None
+    assert torch.equal(model.decode(ids), plain)
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_decoding_without_gradients_is_the_same(groups):
+    """Activations are then overwritten where nothing else needs them."""
+    model = visual_tokenizer(norm_num_groups=groups)
+    f_hat = torch.randn(1, 8, 4, 4)
+    kept = f_hat.clone()
+    with torch.no_grad():
+        without = model.decode_latent(f_hat)
+    torch.testing.assert_close(without, model.decode_latent(f_hat).detach())
+    assert torch.equal(f_hat, kept)

@@ -106,6 +106,41 @@ def test_batch_is_single(
     assert [len(one) for one in single] == [2, 0, 2]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "rows"), [(None, [8, 1, 1]), (1, [1] * 10), (4, [4, 4, 2])], ids=["image by image", "one", "four"]
+)
+def test_prompts_of_an_image_are_answered_together(
+    pipe: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch, batch_size: int | None, rows: list[int]
+) -> None:
+    """The language model reads the image once, for all prompts on it."""
+    texts = [[BALL, WHALE, SQUARE] * 3, SQUARE]
+    alone = [[pipe(photograph, text=one, batch_size=1) for one in prompts] for prompts in (texts[0], [SQUARE])]
+    seen, read = [], []
+    generate, encode_image = pipe.model.generate, pipe.model.encode_image
+    monkeypatch.setattr(pipe.model, "generate", lambda **kw: (seen.append(len(kw["input_ids"])), generate(**kw))[1])
+    monkeypatch.setattr(pipe.model, "encode_image", lambda *a, **kw: (read.append(1), encode_image(*a, **kw))[1])
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    found = pipe([photograph, photograph], text=texts, **options)
+    assert seen == rows and read == [1]
+    assert simple(found) == simple([[one for answer in answers for one in answer] for answers in alone])
+
+
+def test_the_words_are_read_with_the_prompt(pipe: Any, photograph: Image.Image) -> None:
+    passes: list[int] = []
+    hook = pipe.model.model.language_model.register_forward_hook(lambda *args: passes.append(1))
+    pipe(photograph, text=SQUARE)
+    hook.remove()
+    assert len(passes) == 4  # the prompt and three scales after the first
+    always = pipe(photograph, text=WHALE, picture_prefill="always")
+    assert all(one["label"] == WHALE for one in always) and pipe(photograph, text=WHALE) == []
+
+
+def test_preview(pipe: Any, photograph: Image.Image, expected: list[np.ndarray]) -> None:
+    whole, coarse = pipe(photograph, text=SQUARE), pipe(photograph, text=SQUARE, picture_stop_at_scale=3)
+    assert coarse[0]["mask"].size == whole[0]["mask"].size and simple(coarse) != simple(whole)
+    assert simple(pipe(photograph, text=SQUARE, picture_stop_at_scale=4)) == simple(whole)
+
+
 def test_several_pictures_for_one_prompt(pipe: Any, photograph: Image.Image, expected: list[np.ndarray]) -> None:
     union = pipe(photograph, text=BOTH)
     instances = pipe(photograph, text=BOTH, multi_mask="instances")

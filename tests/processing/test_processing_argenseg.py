@@ -1,5 +1,6 @@
 """Text, images, masks and conversations to model inputs."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -244,3 +245,16 @@ def test_wording(toys, image, mask):
     for wording in ({"segmentation_prompt": "Cut!"}, {"segmentation_answer": "Done."}):
         with pytest.raises(ValueError, match="must hold"):
             toys.processor(**wording)
+
+
+def test_picture_answer_ids(processor, image, mask):
+    """They are what a training example has after the prompt, without its codes and without what follows its end."""
+    conversation = processor.build_segmentation_conversation(image, "the cup", mask)
+    whole = chat(processor, conversation)["input_ids"][0].tolist()
+    prompt = chat(processor, conversation[:1], add_generation_prompt=True)["input_ids"][0].tolist()
+    answer = [token for token in whole[len(prompt) :] if not processor._pictures.is_visual(np.array(token))]
+    ids = processor.picture_answer_ids
+    assert whole[: len(prompt)] == prompt and answer[: len(ids)] == ids
+    assert ids.count(processor.gen_start_token_id) == 1 and len(ids) > 2
+    assert processor.tokenizer.decode(answer[len(ids) :]).strip() == ""
+    assert processor.whole_scales[-1] == processor.num_visual_tokens

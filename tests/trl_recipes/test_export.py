@@ -2,16 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
-from trl_recipes.evaluate_scenes import draw, union
-from trl_recipes.export import export, store_in_half
+from trl_recipes.evaluation.answers import draw, union
+from trl_recipes.export import export, require_float32, store_in_half
 
 FILES = {
     "chat_template.jinja",
@@ -46,16 +47,28 @@ def test_no_file_tells_where_it_was_made(exported, learned_folder):
             assert str(folder).encode() not in content, name
 
 
-def test_weights_are_half_precision_in_the_file_but_for_the_codes(exported):
+def test_weights_are_half_precision_in_the_file(exported):
     with safe_open(exported / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 (no dict)
-    codes = {name for name in kinds if ".quantizer." in name}
-    assert len(codes) > 2 and len(kinds) > 100
-    assert {kinds[name] for name in codes} == {torch.float32}
-    assert {kind for name, kind in kinds.items() if name not in codes} == {torch.float16}
-    pictures = load_file(exported / "visual_tokenizer" / "model.safetensors")
-    assert {tensor.dtype for tensor in pictures.values()} == {torch.float32}
+    assert len(kinds) > 100
+    assert {kind for name, kind in kinds.items() if ".quantizer." not in name} == {torch.float16}
+
+
+def test_what_codes_depend_on_is_halved_only_where_no_number_changes(exported, learned_folder, tmp_path):
+    name = Path("visual_tokenizer") / "model.safetensors"
+    trained, published = load_file(learned_folder / name), load_file(exported / name)
+    for key, tensor in trained.items():
+        exact = torch.equal(tensor.half().float(), tensor)
+        assert published[key].dtype == (torch.float16 if exact else torch.float32), key
+        assert torch.equal(published[key].float(), tensor), key
+    thirds = {"quantize.embedding.weight": torch.tensor([1 / 3, 2.0]), "decoder.bias": torch.tensor([0.5])}
+    save_file(thirds, tmp_path / "model.safetensors")
+    store_in_half(tmp_path / "model.safetensors", "")
+    kept = load_file(tmp_path / "model.safetensors")
+    assert kept["decoder.bias"].dtype == torch.float16 and torch.equal(
+        kept["quantize.embedding.weight"], thirds["quantize.embedding.weight"]
+    )
 
 
 def test_the_model_loads_in_single_precision_and_whole(exported, learned_folder):
@@ -68,6 +81,7 @@ def test_the_model_loads_in_single_precision_and_whole(exported, learned_folder)
         assert torch.equal(tensor, expected), name
     generation = model.generation_config
     assert generation.max_new_tokens == 48
+    assert generation.picture_answer_ids == AutoProcessor.from_pretrained(exported).picture_answer_ids
     assert generation.eos_token_id == AutoProcessor.from_pretrained(exported).tokenizer.eos_token_id
 
 
@@ -97,12 +111,10 @@ def test_values_beyond_half_precision_are_refused(learned_folder, tmp_path):
 
 
 def test_a_folder_that_would_load_in_half_precision_is_refused(exported, tmp_path):
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(exported / name, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     with pytest.raises(ValueError, match="bfloat16"):
-        store_in_half(tmp_path)
+        require_float32(tmp_path)
 
 
 def test_the_logit_adjustment_survives_loading_and_saving(learned_folder, tmp_path):

@@ -1,0 +1,113 @@
+"""What a preview is worth: the IoU after each scale, and how much of the time has passed by then.
+
+    python examples/benchmarks/previews.py --bank BANK --expressions 200
+    python examples/benchmarks/previews.py --bank BANK --model FOLDER --preset easy --json previews.json
+
+Composed scenes of the test split are asked for things that are there. The picture after scale k is what `generate`
+gives with `picture_stop_at_scale=k`, decoded; "of the final IoU" is its mean IoU with the true mask over that of the
+whole picture, both over the answers that drew something. The time runs from the tokenised request to the mask of that
+scale.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_argenseg import PartialPicture, PictureStreamer
+from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    union = np.logical_or(one, other).sum()
+    return float(np.logical_and(one, other).sum() / union) if union else 1.0
+
+
+def watch_one(model: Any, processor: Any, sample: dict[str, Any]) -> list[tuple[float, float]]:
+    """(seconds, IoU) after each scale of the first picture of one answer; empty where nothing was drawn."""
+    chat = processor.build_segmentation_conversation(sample["image"], sample["text"])
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, add_generation_prompt=True)
+    size = sample["image"].size[::-1]
+    seen: list[tuple[float, float]] = []
+    begin, lost = time.perf_counter(), 0.0  # showing the scales is not part of the time to the next
+
+    def on_scale(partial: PartialPicture) -> None:
+        nonlocal lost
+        if len(seen) == partial.num_scales:
+            return  # a second picture
+        drawn = time.perf_counter()
+        masks = processor.decode_masks(partial.codes, [size])[1]
+        shown = time.perf_counter()
+        seen.append((shown - begin - lost, iou(masks[0], sample["mask"])))
+        lost += shown - drawn
+
+    model.generate(**inputs, picture_answer_ids=processor.picture_answer_ids, streamer=PictureStreamer(on_scale))
+    return seen
+
+
+def measure(model: Any, processor: Any, samples: Any) -> dict[str, Any]:
+    """Means for each scale, over the answers that drew."""
+    runs = [watch_one(model, processor, sample) for sample in tqdm(samples, desc="drawing")]
+    drawn = np.array([run for run in runs if run])  # (answers, scales, 2)
+    if not len(drawn):
+        raise SystemExit("the model drew nothing: there is nothing to compare")
+    seconds, overlap = drawn.mean(0).T
+    sides = model.config.patch_nums
+    scales = [
+        {"scale": f"{side}x{side}", "iou": i, "of_final_iou": i / overlap[-1], "of_time": s / seconds[-1]}
+        for side, i, s in zip(sides, overlap.tolist(), seconds.tolist(), strict=True)
+    ]
+    return {"asked": len(runs), "drew": len(drawn), "seconds": float(seconds[-1]), "scales": scales}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bank", required=True, help="folder of a scene bank")
+    parser.add_argument("--model", default=str(ROOT / "hub_cards" / "argenseg-tiny"), help="folder or Hub name")
+    parser.add_argument("--split", default="test", help="of the bank (default: test)")
+    parser.add_argument("--preset", default="full", help="of the scenes (default: full)")
+    parser.add_argument("--expressions", type=int, default=200, help="requests (default: 200)")
+    parser.add_argument("--seed", type=int, default=2026, help="of the scenes (default: 2026)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = make_parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    processor = AutoProcessor.from_pretrained(args.model)
+    model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
+    bank = SceneBank.from_folder(args.bank, args.split)
+    scenes = SceneDataset(bank, SceneConfig.preset(args.preset), args.seed, 2 * args.expressions, 4)
+    samples: list[Any] = []
+    flat = flat_expressions(scenes, 4 * len(scenes))
+    for index in range(len(flat)):
+        if len(samples) == args.expressions:
+            break
+        if flat[index]["mask"].any():
+            samples.append(flat[index])
+    found = measure(model, processor, samples)
+    print(f"{found['asked']} requests, {found['drew']} drawn, {found['seconds']:.3f} s for a whole picture\n")
+    print("| scale | mean IoU | of the final IoU | of the time |\n|---|---|---|---|")
+    for one in found["scales"]:
+        print(f"| {one['scale']} | {one['iou']:.3f} | {one['of_final_iou']:.0%} | {one['of_time']:.0%} |")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Every short cut gives the ids of the plain way: prefilled words, one image for many prompts, static caches, previews.
+
+The model has learned its answers (see toy.py), so that drafts are kept, cut and refused by its own choice.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import left_padded
+from toy import ABSENT, BOTH, REQUESTS, photograph
+from transformers import CompileConfig
+
+from modeling_argenseg import ARGenSegForConditionalGeneration
+from processing import ARGenSegProcessor
+
+PROMPTS = [REQUESTS[0], *ABSENT, BOTH, REQUESTS[1]]
+SIZES = [1, 4, 9, 16]
+every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+both_scales = pytest.mark.parametrize("scale_attention", ["causal", "block"])
+both_caches = pytest.mark.parametrize("cache", [None, "static"])
+
+
+def load(folder: Path, attention: str = "sdpa", scale_attention: str = "causal") -> ARGenSegForConditionalGeneration:
+    model = ARGenSegForConditionalGeneration.from_pretrained(folder, attn_implementation=attention)
+    model.config.scale_attention = scale_attention
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def processor(toy_folder: Path) -> ARGenSegProcessor:
+    return ARGenSegProcessor.from_pretrained(toy_folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(processor: ARGenSegProcessor) -> Any:
+    """All prompts on the photograph, left-padded, as one batch."""
+    chats: list[Any] = [processor.build_segmentation_conversation(photograph(), prompt) for prompt in PROMPTS]
+    return processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True)
+
+
+def single(inputs: Any, row: int) -> dict[str, torch.Tensor]:
+    ids = inputs["input_ids"][row, inputs["attention_mask"][row].bool()]
+    return {**left_padded([ids[None]]), "pixel_values": inputs["pixel_values"][row : row + 1]}
+
+
+def answers(outputs: Any, inputs: Any) -> list[list[int]]:
+    """What each row wrote, up to its end."""
+    rows = outputs.sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return [row[: row.index(2) + 1] if 2 in row else row for row in rows]
+
+
+def run(model: Any, inputs: Any, **options: Any) -> Any:
+    return model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
+
+
+def passes(model: Any) -> list[int]:
+    """Filled with the length of each pass of the language model from now on."""
+    lengths: list[int] = []
+    hook = lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1])  # noqa: E731
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    return lengths
+
+
+class TestSameIds:
+    @both_caches
+    @both_scales
+    @every_attention
+    def test_all_ways(self, toy_folder, processor, inputs, attention, scale_attention, cache) -> None:
+        assert processor.tokenizer.eos_token_id == 2
+        model = load(toy_folder, attention, scale_attention)
+        rows = [single(inputs, row) for row in range(5)]
+        plain = [answers(run(model, row, picture_prefill="never"), row)[0] for row in rows]
+        fast = {"picture_answer_ids": processor.picture_answer_ids, "cache_implementation": cache}
+        pictures = [row.count(processor.gen_start_token_id) for row in plain]
+        assert pictures[0] == pictures[4] == 1 and pictures[1] == 0 and pictures[3] >= 1
+        assert answers(run(model, inputs, **fast), inputs) == plain
+        encoded = model.encode_image(**single(inputs, 1))
+        assert answers(run(model, inputs, encoded_image=encoded, **fast), inputs) == plain
+        without = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        assert answers(run(model, without, encoded_image=encoded, cache_implementation=cache), inputs) == plain
+        for alone, expected in zip(rows, plain, strict=True):
+            assert answers(run(model, alone, **fast), alone) == [expected]
+            assert answers(run(model, alone, encoded_image=encoded, **fast), alone) == [expected]
+
+    @pytest.mark.parametrize("limit", range(1, 14))
+    def test_limits(self, toy_folder, processor, inputs, limit) -> None:
+        model, ids = load(toy_folder), processor.picture_answer_ids
+        plain = run(model, inputs, max_new_tokens=limit)
+        fast = run(model, inputs, max_new_tokens=limit, picture_answer_ids=ids)
+        assert torch.equal(plain.sequences, fast.sequences)
+        assert plain.picture_scores == [pytest.approx(row, abs=1e-5) for row in fast.picture_scores]
+
+    @pytest.mark.parametrize("change", [0, 3, -2])
+    @both_caches
+    def test_drafts_that_are_partly_wrong(self, toy_folder, processor, inputs, change, cache) -> None:
+        """Wrong at once, in the middle, or only after the picture."""
+        model, ids = load(toy_folder), list(processor.picture_answer_ids)
+        ids[change] += 1
+        fast = run(model, inputs, picture_answer_ids=ids, cache_implementation=cache)
+        assert answers(fast, inputs) == answers(run(model, inputs), inputs)
+
+    def test_prompts_that_end_in_gen_start(self, toy_folder, processor, inputs) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        ids = processor.picture_answer_ids
+        before = torch.tensor([ids[: ids.index(processor.gen_start_token_id) + 1]])
+        opened = left_padded([torch.cat([alone["input_ids"], before], dim=1), single(inputs, 1)["input_ids"]])
+        pixels = inputs["pixel_values"][:2]
+        plain = run(model, {**opened, "pixel_values": pixels})
+        fast = run(model, {**opened, "pixel_values": pixels}, picture_answer_ids=ids)
+        assert torch.equal(plain.sequences, fast.sequences) and [len(row) for row in fast.picture_scores] == [1, 0]
+
+    @pytest.mark.parametrize("options", [{"repetition_penalty": 1.5}, {"output_logits": True}, {"max_time": 60.0}])
+    def test_no_draft_where_every_step_counts(self, toy_folder, processor, inputs, options) -> None:
+        model = load(toy_folder)
+        plain = run(model, inputs, **options)
+        lengths = passes(model)
+        fast = run(model, inputs, picture_answer_ids=processor.picture_answer_ids, **options)
+        assert torch.equal(plain.sequences, fast.sequences) and lengths[0] == inputs["input_ids"].shape[1]
+        assert plain.logits is None or len(plain.logits) == len(fast.logits)
+
+    def test_text_streamer(self, toy_folder, processor, inputs) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+
+        class Words:
+            def __init__(self) -> None:
+                self.ids: list[int] = []
+
+            def put(self, ids: torch.Tensor) -> None:
+                self.ids += ids.flatten().tolist()
+
+            def end(self) -> None:
+                pass
+
+        said = []
+        for ids in (None, processor.picture_answer_ids):
+            words = Words()
+            run(model, alone, picture_answer_ids=ids, streamer=words)
+            said.append(words.ids)
+        assert said[0] == said[1] and len(said[0]) > alone["input_ids"].shape[1] + 3
+
+
+class TestWork:
+    def test_one_prefill_and_the_scales(self, toy_folder, processor, inputs) -> None:
+        model, alone, ids = load(toy_folder), single(inputs, 0), processor.picture_answer_ids
+        at, lengths = ids.index(processor.gen_start_token_id) + 1, passes(model)
+        run(model, alone, picture_answer_ids=ids)
+        after = len(ids) - at - 1  # what follows the picture is read with the last scale; the end is not read
+        assert lengths == [alone["input_ids"].shape[1] + at, 4, 9, 16 + 1 + after]
+
+    def test_the_image_is_read_once(self, toy_folder, processor, inputs) -> None:
+        model = load(toy_folder)
+        looked, lengths = [], passes(model)
+        model.model.vlm.vision_tower.register_forward_hook(lambda *args: looked.append(1))
+        encoded = model.encode_image(**single(inputs, 0))
+        for _ in range(2):  # the handle is not used up
+            run(model, inputs, encoded_image=encoded, picture_answer_ids=processor.picture_answer_ids)
+        assert looked == [1] and lengths[0] == encoded.length
+        ids = processor.picture_answer_ids
+        at = ids.index(processor.gen_start_token_id) + 1
+        assert lengths[1] == inputs["input_ids"].shape[1] - encoded.length + at
+
+    def test_always_draws(self, toy_folder, processor, inputs) -> None:
+        model, ids = load(toy_folder), processor.picture_answer_ids
+        outputs = run(model, inputs, picture_answer_ids=ids, picture_prefill="always")
+        assert [len(row) >= 1 for row in outputs.picture_scores] == [True] * 5
+        plain = run(model, inputs)
+        both = zip(answers(outputs, inputs), answers(plain, inputs), plain.picture_scores, strict=True)
+        assert [fast == slow for fast, slow, scores in both if scores] == [True] * 3
+
+    def test_mistakes(self, toy_folder, processor, inputs) -> None:
+        model = load(toy_folder)
+        encoded = model.encode_image(**single(inputs, 0))
+        with pytest.raises(ValueError, match="one prompt"):
+            model.encode_image(**inputs)
+        with pytest.raises(ValueError, match="no image"):
+            model.encode_image(torch.tensor([[300, 301, 302]]))
+        with pytest.raises(ValueError, match="prompt 0 does not begin"):
+            run(model, {"input_ids": torch.tensor([[3, 4, 5]])}, encoded_image=encoded)
+
+
+class TestStatic:
+    @both_scales
+    def test_pictures_in_the_history(self, toy_folder, processor, inputs, scale_attention) -> None:
+        model, alone = load(toy_folder, "sdpa", scale_attention), single(inputs, 3)
+        plain = run(model, alone)
+        model.generation_config.cache_implementation = "static"
+        assert torch.equal(run(model, alone).sequences, plain.sequences)
+        lengths = []
+        for extra in (0, 4):
+            answer = plain.sequences[:, alone["input_ids"].shape[1] : -1]
+            ids = torch.cat([plain.sequences[:, :-1], *[answer] * extra], dim=1)
+            again = {**left_padded([ids], extra=2), "pixel_values": alone["pixel_values"]}
+            out = run(model, again, max_new_tokens=3)
+            lengths.append(out.past_key_values.layers[0].get_max_length())
+            dynamic = run(model, again, max_new_tokens=3, cache_implementation="dynamic", output_logits=True)
+            static = run(model, again, max_new_tokens=3, output_logits=True)
+            for one, other in zip(dynamic.logits, static.logits, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        assert lengths[0] % 128 == 0 and lengths[1] > lengths[0]
+
+    def test_a_small_cache_grows(self, toy_folder, processor, inputs) -> None:
+        from transformers import StaticCache
+
+        model, alone = load(toy_folder), single(inputs, 3)
+        plain = run(model, alone)
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=alone["input_ids"].shape[1] + 2)
+        out = run(model, alone, past_key_values=cache)
+        assert torch.equal(out.sequences, plain.sequences)
+        assert out.past_key_values.layers[0].get_max_length() > cache.layers[0].get_max_length()
+
+    @both_scales
+    def test_one_graph_a_scale(self, toy_folder, processor, inputs, scale_attention) -> None:
+        """Compiled with a backend that needs no compiler; counted by torch itself."""
+        counters = torch._dynamo.utils.counters
+        torch._dynamo.reset()
+        counters.clear()
+        model, ids = load(toy_folder, "sdpa", scale_attention), processor.picture_answer_ids
+        plain = answers(run(model, inputs), inputs)
+        config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+        config._compile_all_devices = True
+        options = {"cache_implementation": "static", "compile_config": config, "picture_answer_ids": ids}
+        graphs = []
+        for row in (0, 4, 0):
+            alone = single(inputs, row)
+            assert answers(run(model, alone, **options), alone) == [plain[row]]
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs == [len(SIZES) - 1] * 3
+        assert not counters["graph_break"]
+
+
+class TestPreviews:
+    @pytest.mark.parametrize("scales", [1, 2, 4])
+    def test_stop_at_scale(self, toy_folder, processor, inputs, scales) -> None:
+        model, count = load(toy_folder), sum(SIZES[:scales])
+        whole = run(model, inputs)
+        early = run(model, inputs, picture_stop_at_scale=scales)
+        start = processor.gen_start_token_id
+        for a, b in zip(answers(whole, inputs), answers(early, inputs), strict=True):
+            if start not in a:
+                assert a == b
+                continue
+            at = a.index(start) + 1
+            assert b[: at + count] == a[: at + count] and (scales == 4 or not any(t > 2 for t in b[at + count :]))
+        options = {"prompt_length": inputs["input_ids"].shape[1]}
+        found = processor.post_process_segmentation(early, stop_at_scale=scales, **options)
+        assert [bool(one["segments"]) for one in found] == [True, False, False, True, True]
+        if scales < 4:
+            with pytest.raises(ValueError, match="cut after"):
+                processor.post_process_segmentation(early, **options)
+
+    def test_stream(self, toy_folder, processor, inputs) -> None:
+        model, threads = load(toy_folder), threading.active_count()
+        stream = model.stream(**inputs, picture_answer_ids=processor.picture_answer_ids, return_dict_in_generate=True)
+        seen = list(stream)
+        plain = run(model, inputs)
+        assert torch.equal(stream.outputs.sequences, plain.sequences) and threading.active_count() == threads
+        first = seen[:4]
+        assert [one.scale for one in first] == [1, 2, 3, 4] and [one.complete for one in first] == [False] * 3 + [True]
+        assert first[0].rows.tolist() == [0, 3, 4]
+        assert [one.codes.shape[1] for one in first] == [1, 5, 14, 30]
+        masks, _ = processor.decode_masks(first[1].codes, [(40, 60)] * 3)
+        assert masks[0].shape == (40, 60)
+        answer = answers(plain, inputs)[0]
+        at = answer.index(processor.gen_start_token_id) + 1
+        assert (first[3].codes[0] + processor.visual_token_offset).tolist() == answer[at : at + 30]
+
+    def test_a_listener_may_leave(self, toy_folder, processor, inputs) -> None:
+        model, threads = load(toy_folder), threading.active_count()
+        lengths = passes(model)
+        for partial in model.stream(**single(inputs, 0), picture_answer_ids=processor.picture_answer_ids):
+            if partial.scale == 2:
+                break
+        assert threading.active_count() == threads and len(lengths) == 3
+
+    def test_errors_reach_the_listener(self, toy_folder, inputs) -> None:
+        with pytest.raises(ValueError, match="must be one of"):
+            list(load(toy_folder).stream(**inputs, picture_prefill="perhaps"))

@@ -1,0 +1,68 @@
+"""What transformers expects of any model. Its own tests (tests/common) check this, too, where they are at hand."""
+
+import inspect
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from modeling_argenseg import ARGenSegModel
+
+ROW = tiny.stream(tiny.IMAGE, tiny.CAT, tiny.GEN_START, tiny.pictures(1), 5, 6)
+
+
+@pytest.mark.parametrize("where", ["argument", "configuration"])
+def test_tuples_for_those_who_want_them(where):
+    net = tiny.model()
+    whole = net(ROW, pixel_values=tiny.images(1), labels=ROW)
+    hidden = net.model(ROW, pixel_values=tiny.images(1)).last_hidden_state
+    options = {}
+    if where == "argument":
+        options["return_dict"] = False
+    else:
+        net.config.return_dict = False
+    loss, logits, *_ = net(ROW, pixel_values=tiny.images(1), labels=ROW, **options)
+    torch.testing.assert_close((loss, logits), (whole.loss, whole.logits))
+    first = net.model(ROW, pixel_values=tiny.images(1), **options)[0]
+    torch.testing.assert_close(first, hidden)
+    assert isinstance(net.get_image_features(tiny.images(1), **options), tuple)
+    out = tiny.generate(net, {"input_ids": ROW[:, :2]}, [tiny.GEN_START, tiny.DONE], pixel_values=tiny.images(1))
+    assert len(tiny.drawn(tiny.answers(out.sequences, 2)[0])) == tiny.T
+
+
+@pytest.mark.parametrize("visual_loss", ["token", "scale"])
+def test_labels_that_are_shifted_already(visual_loss):
+    net = tiny.model(visual_loss=visual_loss)
+    shifted = torch.nn.functional.pad(ROW[:, 1:], (0, 1), value=-100)
+    expected = net(ROW, labels=ROW)
+    for labels in (None, torch.zeros_like(ROW)):  # the shifted ones count
+        found = net(ROW, labels=labels, shift_labels=shifted)
+        torch.testing.assert_close((found.text_loss, found.visual_loss), (expected.text_loss, expected.visual_loss))
+
+
+def test_an_image_reaches_a_prompt_of_embeddings():
+    net, ids = tiny.model(), tiny.stream(5, tiny.IMAGE, tiny.CAT)
+    embeds = net.get_input_embeddings()(ids)
+    with torch.no_grad():
+        found = net(inputs_embeds=embeds, pixel_values=tiny.images(1)).logits
+        torch.testing.assert_close(found, net(ids, pixel_values=tiny.images(1)).logits)
+    with pytest.raises(ValueError, match="2 features"):
+        net(inputs_embeds=embeds, pixel_values=tiny.images(2))
+
+
+@pytest.mark.parametrize("kind", [ARGenSegModel, type(tiny.model())])
+def test_the_options_of_a_forward_pass_are_declared(kind):
+    """transformers looks at this annotation for what may be asked for."""
+    declared = inspect.signature(kind.forward).parameters["kwargs"].annotation.__args__[0].__annotations__
+    assert {"output_attentions", "output_hidden_states"} <= set(declared)
+
+
+@pytest.mark.parametrize("vlm", [tiny.internvl_config, tiny.llava_config, tiny.hybrid_config])
+def test_a_saved_file_has_the_names_of_the_model(vlm, tmp_path):
+    """`Trainer` loads a checkpoint's file as it is, and passes over names that the model does not have."""
+    net = tiny.model(vlm())
+    net.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == net.state_dict().keys()
+    net.model.save_pretrained(tmp_path / "base")
+    assert load_file(tmp_path / "base" / "model.safetensors").keys() == net.model.state_dict().keys()
