@@ -21,8 +21,9 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
-from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
+from modeling_argenseg import VARTokenizer, VARTokenizerConfig
 
+from .codebook import fit_codebook
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
 
@@ -50,11 +51,13 @@ class TokenizerArguments:
     commitment_weight: float = field(
         default=5.0, metadata={"help": "pull of the latent to its code; too small, and the latent grows without end"}
     )
-    rate_weight: float = field(default=0.06, metadata={"help": "price of a nat, in squared distance"})
+    rate_weight: list[float] = field(
+        default_factory=lambda: [0.06], metadata={"help": "price of a nat, in squared distance; one, or one per scale"}
+    )
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )
-    fit_pictures: int = field(default=1536, metadata={"help": "pictures that the codebook is first fitted to"})
+    fit_pictures: int = field(default=2048, metadata={"help": "pictures that the codebook is first fitted to"})
     scale_dropout: float = field(default=0.3, metadata={"help": "chance that a step uses only the first scales"})
 
 
@@ -93,47 +96,6 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
         "entropy_per_picture": float(np.dot(entropies, [side * side for side in config.patch_nums])),
         "empty_share_per_scale": [round(x, 3) for x in shares],
     }
-
-
-@torch.no_grad()
-def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Codes a latent as it is; how often each code was chosen at each scale (K, V), the sums (V, D) of the vectors
-    that chose it, and the squared error left over."""
-    hits, sums = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(quantizer.embedding.weight)
-    rest = f_BDhw
-    for scale in range(len(quantizer.patch_nums)):
-        vectors = quantizer.rest_at_scale(rest, scale)
-        ids = quantizer.nearest(vectors, scale)
-        hits[scale] += torch.bincount(ids, minlength=hits.shape[1])
-        sums.index_add_(0, ids, vectors)
-        rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
-    return hits, sums, float(rest.square().sum())
-
-
-@torch.no_grad()
-def fit_codebook(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, iterations: int = 9, restarts: int = 3) -> float:
-    """Lloyd iterations of entropy-constrained residual quantisation on latents, coarse scales first.
-
-    Seconds of this replace thousands of gradient steps on the codebook. The first `restarts` iterations have no rate
-    term and move unused codes; the rest keep half of each code (the scales share the codebook, and an update of the
-    coarse ones moves the target of the fine). Returns the mean squared error per latent number.
-    """
-    rate, codebook, error = quantizer.rate_weight, quantizer.embedding.weight, 0.0
-    quantizer.ema_vocab_hit_SV.zero_()
-    for iteration in range(iterations):
-        first = iteration < restarts
-        quantizer.rate_weight = 0.0 if first else rate
-        if first:
-            quantizer.restart_unused(f_BDhw[:256])
-        parts = [assign(quantizer, part) for part in f_BDhw.split(256)]
-        hits, sums = sum(part[0] for part in parts), sum(part[1] for part in parts)
-        error = sum(part[2] for part in parts) / f_BDhw.numel()
-        count = hits.sum(0)
-        used = count > 0
-        codebook[used] = torch.lerp(codebook[used], sums[used] / count[used, None], 1.0 if first else 0.5)
-        quantizer.ema_vocab_hit_SV.copy_(hits / hits.sum(1, keepdim=True))
-    quantizer.rate_weight = rate
-    return error
 
 
 class TokenizerTrainer(Trainer):
@@ -180,6 +142,14 @@ class TokenizerTrainer(Trainer):
         return metrics
 
 
+@torch.no_grad()
+def round_to_half(model: VARTokenizer) -> None:
+    """Rounds all numbers to what fp16 holds, before any model learns the tokens: published at half the size, the same
+    pictures still get the same tokens."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.copy_(tensor.half())
+
+
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
@@ -204,7 +174,7 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
         latent_channels=recipe.latent_channels,
         vocab_size=recipe.vocab_size,
         patch_nums=recipe.patch_nums,
-        rate_weight=recipe.rate_weight,
+        rate_weight=recipe.rate_weight if len(recipe.rate_weight) > 1 else recipe.rate_weight[0],
         commitment_weight=recipe.commitment_weight,
     )
 
@@ -228,6 +198,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
         test_masks=test_masks,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    round_to_half(model)
     trainer.evaluate()
     model.save_pretrained(output)
 

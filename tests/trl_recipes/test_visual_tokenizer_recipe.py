@@ -12,8 +12,9 @@ from PIL import Image
 
 from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
 from trl_recipes import train_visual_tokenizer
+from trl_recipes.codebook import fit_codebook
 from trl_recipes.masks import MaskPictures, compose_masks
-from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, fit_codebook, judge
+from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, judge
 
 STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
 
@@ -145,7 +146,7 @@ def test_a_higher_price_makes_tokens_more_predictable():
         torch.manual_seed(0)
         model = quantizer(rate_weight)
         fit_codebook(model, latents)
-        assert model.rate_weight == rate_weight
+        assert model.rate_weights == [rate_weight] * 3
         found.append((entropy(model, latents), squared_error(model, latents)))
     entropies, errors = zip(*found, strict=True)
     assert entropies[0] > entropies[1] + 0.5 > entropies[2] + 1
@@ -159,7 +160,7 @@ def arguments(bank, **changes) -> TokenizerArguments:
     sizes = dict(
         train_masks=40, test_masks=8, image_size=32, base_channels=4, channel_multipliers=[1, 2, 2],
         patch_nums=[1, 2, 4, 8], latent_channels=4, vocab_size=64, autoencoder_steps=FIT_AT, joint_steps=10,
-        fit_pictures=64, rate_weight=0.003,
+        fit_pictures=64, rate_weight=[0.003],
     )  # fmt: skip
     return TokenizerArguments(bank=str(bank), **(sizes | changes))
 
@@ -252,8 +253,8 @@ def test_scales_are_dropped_by_step_alone(trained, bank_folder):
 
 
 def test_a_run_from_an_autoencoder_keeps_its_weights_and_takes_the_new_sizes(trained, bank_folder):
-    model = build(arguments(bank_folder, start_from=str(trained), vocab_size=24, rate_weight=0.5))
-    assert model.config.vocab_size == 24 and model.quantize.rate_weight == 0.5
+    model = build(arguments(bank_folder, start_from=str(trained), vocab_size=24, rate_weight=[0.5]))
+    assert model.config.vocab_size == 24 and model.quantize.rate_weights == [0.5] * 4
     state = model.state_dict()
     for name, tensor in weights(trained).items():
         assert name.startswith("quantize.") or torch.equal(tensor, state[name]), name
