@@ -1,4 +1,6 @@
-"""Draws a small data set of one's own: pictures of land from the air, with masks of what is to be found in them.
+"""Draws a small data set of one's own: pictures of land from the air, with masks of the lakes.
+
+Forests, fields, solar parks and towns are in the way; one picture in eight has no lake.
 
     python examples/lora_new_domain/draw_domain.py --output outputs/land
 
@@ -15,15 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIDE = 256
-THINGS = {  # how each is asked for
-    "lake": "the lake",
-    "forest": "the forest",
-    "wheat": "the wheat field",
-    "soil": "the ploughed field",
-    "solar park": "the solar park",
-    "town": "the town",
-}
-ABSENT_PER_IMAGE = 1
+THINGS = ("lake", "forest", "wheat", "soil", "solar park", "town")
+ASKED = {"lake": "the lake"}
+ABSENT_SHARE = 1 / 8
 
 
 def noise(rng: np.random.Generator, blur: float, strength: float) -> np.ndarray:
@@ -107,7 +103,9 @@ def draw_land(seed: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
     """One picture, and for each thing in it the part of its area (SIDE, SIDE) bool that is seen."""
     rng = np.random.default_rng(seed)
     pixels = draw_road(rng, ground(rng, (112, 138, 74), 9, 4))
-    things = rng.permutation(list(THINGS))[: rng.integers(2, 5)]
+    others = rng.permutation([thing for thing in THINGS if thing not in ASKED])[: rng.integers(1, 4)]
+    asked = [thing for thing in ASKED if rng.random() >= ABSENT_SHARE]
+    things = rng.permutation([*others, *asked])
     quarters = rng.permutation([(0, 0), (0, 1), (1, 0), (1, 1)])[: len(things)]
     masks: dict[str, np.ndarray] = {}
     for thing, quarter in zip(things.tolist(), quarters, strict=True):
@@ -126,16 +124,16 @@ def write_split(folder: Path, count: int, seed: int) -> int:
     rows = []
     for index in range(count):
         image, masks = draw_land(seed + index)
-        rng, name = np.random.default_rng([seed, index]), f"land_{index:03d}"
+        name = f"land_{index:03d}"
         image.save(folder / "images" / f"{name}.png")
-        for thing, mask in masks.items():
-            if mask.mean() < 0.01:  # hidden by another thing
-                continue
-            path = f"masks/{name}_{thing.replace(' ', '_')}.png"
-            Image.fromarray(mask).save(folder / path)
-            rows.append((f"images/{name}.png", THINGS[thing], path))
-        for thing in rng.permutation([thing for thing in THINGS if thing not in masks])[:ABSENT_PER_IMAGE]:
-            rows.append((f"images/{name}.png", THINGS[str(thing)], ""))
+        for thing, prompt in ASKED.items():
+            mask = masks.get(thing)
+            if mask is None:
+                rows.append((f"images/{name}.png", prompt, ""))
+            elif mask.mean() >= 0.01:  # else it is hidden by another thing
+                path = f"masks/{name}_{thing}.png"
+                Image.fromarray(mask).save(folder / path)
+                rows.append((f"images/{name}.png", prompt, path))
     with (folder / "prompts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "prompt", "mask"), *rows])
     return len(rows)

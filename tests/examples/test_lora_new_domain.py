@@ -39,16 +39,18 @@ def land(example, tmp_path_factory) -> Path:
 
 def test_the_data_set_can_be_read(land):
     train, validation = (load_mask_data(land, split, progress=False) for split in ("train", "validation"))
-    assert len(set(train["image_id"])) == 6 and len(set(validation["image_id"])) == 3
-    absent = [row for row in train if not row["masks"]]
-    assert len(absent) == 6  # one for each picture
-    for image in set(train["image_id"]):
-        rows = [row for row in train if row["image_id"] == image]
-        masks = [load_mask(row["masks"][0]) for row in rows if row["masks"]]
-        assert 2 <= len(masks) <= 4 and np.sum(masks, axis=0).max() == 1  # nothing is two things
-        assert all(0.01 <= mask.mean() < 0.5 for mask in masks)
-        assert len({row["prompt"] for row in rows}) == len(rows)
-        assert rows[0]["image"].size == (256, 256)
+    assert len(set(train["image_id"])) == len(train) == 6 and len(set(validation["image_id"])) == len(validation) == 3
+    for row in [*train, *validation]:
+        assert row["prompt"] == "the lake" and row["image"].size == (256, 256)
+        for mask in row["masks"]:  # blue is most of all what is asked for
+            area, pixels = load_mask(mask), np.asarray(row["image"], dtype=float)
+            assert 0.01 <= area.mean() < 0.5
+            assert (pixels[area].mean(0).argmax(), pixels[~area].mean(0).argmax() == 2) == (2, False)
+
+
+def test_now_and_then_there_is_no_lake(example):
+    found = ["lake" in example["draw_domain"].draw_land(seed)[1] for seed in range(64)]
+    assert 0.75 < np.mean(found) < 0.97
 
 
 def test_pictures_do_not_change(example, land, tmp_path):
