@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Trains a small ARGenSeg from a bank of cut-outs to a folder that can be published: every command, in order.
+#
+#   bash examples/train_tiny.sh                         with the defaults below
+#   BANK=bank OUT=outputs/tiny FINE_STEPS=20000 bash examples/train_tiny.sh
+#   TRAIN_OPTIONS="--use_cpu True --bf16 True" bash examples/train_tiny.sh    for all training commands
+#
+# A stopped run goes on when the same command is given again: finished stages are skipped (delete OUT/<stage> and
+# OUT/finished/<stage> to train one anew), an unfinished one goes on from its last checkpoint. `make bank` builds the bank.
+set -euo pipefail
+
+BANK=${BANK:-bank}                         # folder with sprites.parquet, backgrounds.parquet and vocabulary.json
+OUT=${OUT:-outputs/tiny}                   # folder for the stages and for the model, OUT/published
+TOKENIZER_STEPS=${TOKENIZER_STEPS:-3000}   # masks to tokens and back; two thirds of them without the codes
+COARSE_STEPS=${COARSE_STEPS:-3000}         # four coarse scales: where things are
+FINE_STEPS=${FINE_STEPS:-3000}             # five scales: their outlines
+MASKS=${MASKS:-32}                         # masks in a batch
+SCENES=${SCENES:-8}                        # scenes in a batch, four requests each
+SAVE_STEPS=${SAVE_STEPS:-200}              # a checkpoint every so many steps
+EXPRESSIONS=${EXPRESSIONS:-2000}           # test expressions to measure it on
+TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for all three training commands
+TOKENIZER_OPTIONS=${TOKENIZER_OPTIONS:-}   # more for train_visual_tokenizer, such as "--train_masks 50000"
+SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for both runs of train_scenes, such as "--hidden_size 384"
+PYTHON=${PYTHON:-python}
+
+stage() { # stage NAME COMMAND...: runs the command unless it has finished before
+    local name=$1
+    shift
+    if [[ -e $OUT/finished/$name ]]; then
+        echo "== $name is finished"
+        return
+    fi
+    echo "== $name"
+    echo "   $*"
+    "$@"
+    mkdir -p "$OUT/finished"
+    touch "$OUT/finished/$name"
+}
+
+if [[ ! -e $BANK/sprites.parquet ]]; then
+    echo "error: there is no bank of cut-outs in '$BANK'; build it with \`make bank BANK=$BANK\`, or set BANK." >&2
+    exit 1
+fi
+
+# shellcheck disable=SC2086  # the options are several words
+stage visual_tokenizer "$PYTHON" -m trl_recipes.train_visual_tokenizer --bank "$BANK" \
+    --output_dir "$OUT/visual_tokenizer" --max_steps "$TOKENIZER_STEPS" --autoencoder_steps $((TOKENIZER_STEPS * 2 / 3)) \
+    --channel_multipliers 1 2 6 12 --patch_nums 1 2 4 8 16 16 --vocab_size 1024 \
+    --rate_weight 0.06 0.06 0.05 0.03 0.02 0.005 --joint_steps 200 \
+    --per_device_train_batch_size "$MASKS" --learning_rate 1.2e-3 --max_grad_norm 0.2 --save_steps "$SAVE_STEPS" \
+    $TRAIN_OPTIONS $TOKENIZER_OPTIONS
+
+# shellcheck disable=SC2086
+stage coarse "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
+    --output_dir "$OUT/coarse" --num_scales 4 --schedule easy medium --max_steps "$COARSE_STEPS" \
+    --per_device_train_batch_size "$SCENES" --learning_rate 1e-3 --save_steps "$SAVE_STEPS" \
+    $TRAIN_OPTIONS $SCENE_OPTIONS
+
+# shellcheck disable=SC2086
+stage fine "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
+    --output_dir "$OUT/fine" --start_from "$OUT/coarse" --num_scales 5 --schedule medium full --max_steps "$FINE_STEPS" \
+    --per_device_train_batch_size "$SCENES" --learning_rate 8e-4 --save_steps "$SAVE_STEPS" \
+    $TRAIN_OPTIONS $SCENE_OPTIONS
+
+stage published "$PYTHON" -m trl_recipes.export --model "$OUT/fine" --output "$OUT/published" \
+    --picture-logit-adjustment 0.7
+
+stage scores "$PYTHON" -m trl_recipes.evaluate --model "$OUT/published" --task scenes --data "$BANK" \
+    --limit "$EXPRESSIONS" --output "$OUT/scores"

@@ -1,0 +1,62 @@
+"""The script of the whole recipe: its options exist, it needs a bank, and it goes on where it was."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_tiny.sh"
+RECORD = """#!/bin/sh
+case "$*" in *"$STOP_AT"*) exit 3;; esac
+echo "$*" >> {calls}
+"""
+
+
+def run(folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs the script in `folder` with a Python that writes down what it is asked, and fails at `STOP_AT`."""
+    recorder = folder / "python"
+    recorder.write_text(RECORD.format(calls=folder / "calls"))
+    recorder.chmod(0o755)
+    environment = {**os.environ, "STOP_AT": "nothing", "PYTHON": str(recorder), **variables}
+    command = ["bash", str(SCRIPT)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "sprites.parquet").touch()
+    return tmp_path
+
+
+def test_options_exist(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(place, TRAIN_OPTIONS="--use_cpu True --bf16 True", TOKENIZER_STEPS="30", FINE_STEPS="7")
+    assert done.returncode == 0, done.stderr
+    commands = [re.fullmatch(r"-m (\S+) (.*)", line) for line in (place / "calls").read_text().splitlines()]
+    assert len(commands) == 5
+    for command in commands:
+        assert command is not None
+        importlib.import_module(command[1]).make_parser().parse_args(shlex.split(command[2]))
+    calls = (place / "calls").read_text().splitlines()
+    assert "--max_steps 30 --autoencoder_steps 20" in calls[0] and "--max_steps 7" in calls[2]
+    assert all("--use_cpu True --bf16 True" in call for call in calls[:3])
+
+
+def test_a_stopped_run_goes_on(place: Path) -> None:
+    assert run(place, STOP_AT="--start_from").returncode == 3
+    first = (place / "calls").read_text().splitlines()
+    assert len(first) == 2
+    done = run(place)
+    assert done.returncode == 0 and "== coarse is finished" in done.stdout
+    calls = (place / "calls").read_text().splitlines()
+    assert len(calls) == 5 and "--start_from outputs/tiny/coarse" in calls[2]
+
+
+def test_without_a_bank(tmp_path: Path) -> None:
+    done = run(tmp_path, BANK="nowhere")
+    assert done.returncode == 1
+    assert "no bank of cut-outs in 'nowhere'" in done.stderr and "make bank BANK=nowhere" in done.stderr

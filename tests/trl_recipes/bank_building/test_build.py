@@ -1,0 +1,130 @@
+"""A bank from tiny packages: what is in it, what is told, and how a second run goes on."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tiny_packages import some_emoji, some_models, some_stamps, write_npm, write_packages
+
+from trl_recipes.bank_building import rooms, tables
+from trl_recipes.bank_building.build import build_bank
+from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset
+from trl_recipes.scenes.build_bank import main
+
+SKIP = ["furniture"]
+ROOMS = 12
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("bank")
+    write_packages(folder / "work" / "packages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms, "COUNT", ROOMS)
+        return folder, build_bank(folder, folder / "work", SKIP)
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    return pq.read_table(folder / f"{name}.parquet").to_pylist()
+
+
+def test_scenes_can_be_composed(built: tuple[Path, str]) -> None:
+    for split in ("train", "val", "test", "unseen"):
+        bank = SceneBank.from_folder(built[0], split)
+        assert bank.sprites and bank.backgrounds
+    bank = SceneBank.from_folder(built[0], "train")
+    item = SceneDataset(bank, SceneConfig.preset("easy"), 0, 4, 2)[0]
+    assert item["image"].size == (256, 256)
+    assert any(one["mask"].any() for one in item["expressions"])
+
+
+def test_sprites(built: tuple[Path, str]) -> None:
+    sprites = {row["id"]: row for row in rows(built[0], "sprites")}
+    assert len(sprites) == len(some_emoji()) + len(some_stamps()) - 1  # one stamp is no picture
+    emoji = sprites[f"fl:{some_emoji()[0]}"]
+    assert (emoji["noun"], emoji["color"], emoji["photo"]) == (tables.emoji()[some_emoji()[0]], "blue", False)
+    stamp = sprites[f"tux:{some_stamps()[1]}"]
+    noun, photo = tables.stamps()[some_stamps()[1]]
+    assert (stamp["noun"], stamp["color"], stamp["photo"]) == (noun, "red", photo)
+    assert (stamp["author"], stamp["lic"]) == ("2002, Someone Else", "GPL-2")
+    assert stamp["categories"] == list(tables.nouns()[noun].categories)
+
+
+def test_backgrounds(built: tuple[Path, str]) -> None:
+    found = rows(built[0], "backgrounds")
+    photographs = [row for row in found if row["kind"] == "photo"]
+    indoors = [row for row in found if row["kind"] == "room"]
+    assert len(photographs) == sum(len(tables.backdrops(name)) for name in ("plasma", "mate", "lomiri", "stellarium"))
+    assert len(indoors) == ROOMS and all(0.25 < row["floor"] < 0.65 for row in indoors)
+    assert all(("plant" in row["avoid"]) == ("grass" in row["file"]) for row in indoors)
+    assert {row["lic"] for row in indoors} == {"CC-BY é"}
+
+
+def test_attribution_names_every_file(built: tuple[Path, str]) -> None:
+    text = (built[0] / "ATTRIBUTION.md").read_text(encoding="utf-8")
+    for row in rows(built[0], "sprites") + rows(built[0], "backgrounds"):
+        assert f"- `{row['file']}`: {row['author']}; {row['lic']}" in text
+    assert f"`{tables.backdrops('lomiri')[0].file}`: 2018, Ana Lens; CC-BY-4.0" in text
+    assert f"`{tables.backdrops('lomiri')[1].file}`: 2002, Someone Else; GPL-2" in text
+    assert "mate-backgrounds 4:1.0-1 (debian)" in text
+
+
+def test_report_lists_what_is_unusable(built: tuple[Path, str]) -> None:
+    lines = built[1].splitlines()
+    counts = {line.split()[0]: line.split()[1:] for line in lines if line and line[0] != " "}
+    assert counts["emoji"] == [str(len(some_emoji())), str(len(tables.emoji()) - len(some_emoji()))]
+    assert counts["tuxpaint"] == [str(len(some_stamps()) - 1), str(len(tables.stamps()) - len(some_stamps()) + 1)]
+    assert any(f"{some_stamps()[0]}.png: cannot identify image file" in line for line in lines)
+    assert any("it is not in the package" in line for line in lines)
+
+
+def test_a_second_run_makes_only_what_changed(built: tuple[Path, str]) -> None:
+    folder, stages = built[0], built[0] / "work" / "stages"
+    before = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
+    (stages / "mate.parquet").unlink()  # as if the first run had been stopped there
+    newer = {"package.json": b"{}", f"assets/{some_emoji()[0]}.webp": b"", f"assets/{some_emoji()[1]}.webp": b""}
+    whole = rows(folder, "backgrounds")
+    build_bank(folder, folder / "work", SKIP)
+    after = {path.name: path.stat().st_mtime_ns for path in stages.iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"mate.parquet"}
+    assert rows(folder, "backgrounds") == whole
+    write_npm(folder / "work" / "packages" / "lobehub-fluent-emoji-3d-1.2.0.tgz", newer)
+    with pytest.raises(ValueError, match="source emoji gave no picture .*--skip emoji"):
+        build_bank(folder, folder / "work", SKIP)
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no source sofas; --skip takes emoji, tuxpaint"):
+        build_bank(tmp_path, tmp_path / "work", ["sofas"])
+    with pytest.raises(ValueError, match="every source of sprites skipped"):
+        build_bank(tmp_path, tmp_path / "work", ["emoji", "tuxpaint", "furniture"])
+
+
+def test_command_without_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", str(tmp_path / "bank"), "--skip", "furniture"])
+    message = str(stop.value)
+    assert "mate-backgrounds: apt-get is not installed" in message and "--skip mate" in message
+    assert "@lobehub/fluent-emoji-3d: npm is not installed" in message
+    assert f"(lobehub-fluent-emoji-3d-[0-9]*.tgz) into {tmp_path / 'bank' / 'work' / 'packages'} by hand" in message
+
+
+@pytest.mark.skipif(find_spec("vtkmodules") is not None, reason="vtk is installed")
+def test_furniture_needs_vtk(tmp_path: Path) -> None:
+    write_packages(tmp_path / "work" / "packages")
+    with pytest.raises(ValueError, match="needs vtk.*--skip furniture"):
+        build_bank(tmp_path, tmp_path / "work", ["plasma", "lomiri", "stellarium", "rooms"])
+
+
+@pytest.mark.skipif(find_spec("vtkmodules") is None, reason="needs vtk")
+def test_furniture_is_rendered_and_a_bad_model_left_out(tmp_path: Path) -> None:
+    write_packages(tmp_path / "work" / "packages")
+    report = build_bank(tmp_path, tmp_path / "work", ["plasma", "lomiri", "stellarium", "rooms"], views=3)
+    names = some_models()
+    models = [row for row in rows(tmp_path, "sprites") if row["src"] == "sh3d"]
+    assert sorted(row["id"] for row in models) == sorted([f"sh3d:{names[0]}", f"sh3d:{names[2]}"] * 3)
+    assert {row["color"] for row in models} <= {"red", "brown"}
+    assert {row["author"] for row in models} == {"Maker 1", "Maker 3"}
+    assert f"  {names[1]}: the renderer ended with 1 (ValueError: nothing of it can be seen)" in report

@@ -1,0 +1,195 @@
+"""The sources of the bank: which packages each needs, and how its rows are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from . import tables
+from .copyright_file import CopyrightFile
+from .packages import Package
+from .pictures import backdrop, color_name, cut_out, encode
+
+Row = dict[str, Any]
+STAMPS = "usr/share/tuxpaint/stamps/"
+DOC = "usr/share/doc/"
+UNREADABLE = (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass
+class Workplace:
+    """What a source is given.
+
+    Attributes:
+        unpacked: by package name, the folder with its files.
+        folder: where the source may keep what it has made so far.
+        views: how many sides of a model are rendered.
+        problems: "file: reason" of every file that could not be used; the source adds to it.
+    """
+
+    unpacked: dict[str, Path]
+    folder: Path
+    views: int = 8
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stage: `rows(workplace)` yields rows of sprites, or of backgrounds."""
+
+    name: str
+    kind: str
+    packages: tuple[Package, ...]
+    rows: Callable[[Workplace], Iterator[Row]]
+
+
+def sprite_row(
+    picture: Image.Image, noun: str, identity: str, src: str, origin: tuple[str, str, str], photo: bool
+) -> Row:
+    """A row of sprites.parquet for a picture that is cut out already.
+
+    Args:
+        picture: RGBA.
+        noun: key in the table of nouns.
+        identity: "source:name"; all views of one model share it.
+        src: the source's short name.
+        origin: file, author, licence.
+        photo: True for a photograph.
+    """
+    known = tables.nouns()[noun]
+    return {
+        "image": {"bytes": encode(picture), "path": None},
+        "noun": noun,
+        "name": known.written,
+        "synonyms": list(known.synonyms),
+        "categories": list(known.categories),
+        "color": color_name(picture),
+        "photo": photo,
+        "src": src,
+        "id": identity,
+        "split": tables.splits()[identity],
+        **dict(zip(("file", "author", "lic"), origin, strict=True)),
+    }
+
+
+def emoji_rows(work: Workplace) -> Iterator[Row]:
+    """Fluent Emoji 3D, the ones that show one thing."""
+    folder = work.unpacked["@lobehub/fluent-emoji-3d"] / "package" / "assets"
+    for code, noun in tqdm(tables.emoji().items(), desc="emoji", unit="picture"):
+        path = folder / f"{code}.webp"
+        try:
+            picture = cut_out(Image.open(path))
+        except UNREADABLE as error:
+            work.problems.append(f"{path.name}: {_reason(error)}")
+            continue
+        origin = (f"assets/{path.name}", "Microsoft (Fluent Emoji), packaged by LobeHub", "MIT")
+        yield sprite_row(picture, noun, f"fl:{code}", "fluent", origin, photo=False)
+
+
+def stamp_rows(work: Workplace) -> Iterator[Row]:
+    """Tux Paint's stamps: photographs mostly, some drawn."""
+    folder = work.unpacked["tuxpaint-stamps-default"]
+    rights = CopyrightFile.read(folder / DOC / "tuxpaint-stamps-default" / "copyright")
+    for name, (noun, photo) in tqdm(tables.stamps().items(), desc="tuxpaint", unit="picture"):
+        path = folder / STAMPS / f"{name}.png"
+        try:
+            picture = cut_out(Image.open(path))
+        except UNREADABLE as error:
+            work.problems.append(f"{name}.png: {_reason(error)}")
+            continue
+        origin = (f"stamps/{name}.png", *rights.of(f"stamps/{name}.png"))
+        yield sprite_row(picture, noun, f"tux:{name}", "tux" if photo else "tux_cartoon", origin, photo)
+
+
+def furniture_rows(work: Workplace) -> Iterator[Row]:
+    """Sweet Home 3D's models, from all sides."""
+    from .furniture import rendered_models  # needs vtk
+
+    for model, noun, views in rendered_models(work, tables.furniture()):
+        for picture in views:
+            identity = f"sh3d:{model.identifier}"
+            yield sprite_row(picture, noun, identity, "sh3d", (model.file, model.author, model.licence), photo=False)
+
+
+def wallpaper_rows(source: str, package: str, kind: str = "photo") -> Callable[[Workplace], Iterator[Row]]:
+    """A function that yields the backgrounds that the table names for `source`."""
+
+    def rows(work: Workplace) -> Iterator[Row]:
+        folder = work.unpacked[package]
+        rights = CopyrightFile.read(folder / DOC / package / "copyright")
+        for one in tqdm(tables.backdrops(source), desc=source, unit="picture"):
+            try:
+                picture = backdrop(Image.open(folder / one.file))
+            except UNREADABLE as error:
+                work.problems.append(f"{one.file}: {_reason(error)}")
+                continue
+            yield backdrop_row(picture, one, kind, source, rights.of(one.file))
+
+    return rows
+
+
+def backdrop_row(picture: Image.Image, one: tables.Backdrop, kind: str, src: str, rights: tuple[str, str]) -> Row:
+    """A row of backgrounds.parquet; `rights` is author and licence."""
+    return {
+        "image": {"bytes": encode(picture, quality=85), "path": None},
+        "floor": one.floor,
+        "avoid": list(one.avoid),
+        "split": one.split,
+        "kind": kind,
+        "src": src,
+        "file": one.file,
+        "author": rights[0],
+        "lic": rights[1],
+    }
+
+
+def _reason(error: Exception) -> str:
+    return "it is not in the package" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def _room_rows(work: Workplace) -> Iterator[Row]:
+    from .rooms import room_rows
+
+    return room_rows(work)
+
+
+def _wallpapers(source: str, package: str, folder: str) -> Source:
+    parts = (folder, f"{DOC}{package}/copyright")
+    return Source(source, "backgrounds", (Package(package, "debian", parts),), wallpaper_rows(source, package))
+
+
+SOURCES = (
+    Source(
+        "emoji",
+        "sprites",
+        (Package("@lobehub/fluent-emoji-3d", "npm", ("package/assets", "package/package.json")),),
+        emoji_rows,
+    ),
+    Source(
+        "tuxpaint",
+        "sprites",
+        (Package("tuxpaint-stamps-default", "debian", (STAMPS, f"{DOC}tuxpaint-stamps-default/copyright")),),
+        stamp_rows,
+    ),
+    Source(
+        "furniture",
+        "sprites",
+        (Package("sweethome3d-furniture", "debian", ("usr/share/sweethome3d/furniture",)),),
+        furniture_rows,
+    ),
+    _wallpapers("plasma", "plasma-workspace-wallpapers", "usr/share/wallpapers"),
+    _wallpapers("mate", "mate-backgrounds", "usr/share/backgrounds/mate/nature"),
+    _wallpapers("lomiri", "lomiri-wallpapers-16.04", "usr/share/backgrounds"),
+    _wallpapers("stellarium", "stellarium-data", "usr/share/stellarium/landscapes"),
+    Source(
+        "rooms",
+        "backgrounds",
+        (Package("sweethome3d", "debian", ("usr/share/sweethome3d/sweethome3d.jar",)),),
+        _room_rows,
+    ),
+)
