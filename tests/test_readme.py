@@ -1,6 +1,7 @@
 """The README holds what it promises: its Python runs, its commands have their options, its links lead somewhere."""
 
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 MODEL = ROOT / "hub_cards" / "argenseg-tiny"
-COMMANDS = re.findall(r"^python -m (\S+) (.*)$", TEXT.replace("\\\n", ""), flags=re.MULTILINE)
+SCRIPTS = re.findall(r"^python (examples/\S+\.py)([^#\n]*)", TEXT.replace("\\\n", ""), flags=re.MULTILINE)
+COMMANDS = re.findall(r"^(?:python|accelerate launch) -m (\S+) ([^#\n]*)", TEXT.replace("\\\n", ""), flags=re.MULTILINE)
 
 
 def blocks(language: str) -> list[str]:
@@ -46,12 +48,28 @@ def test_python_compiles() -> None:
 def test_commands_parse(module: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     if module == "trl_recipes.scenes":
         parser = importlib.import_module("trl_recipes.scenes.__main__")._parser()
+    elif module == "trl_recipes.tasks":
+        parser = importlib.import_module("trl_recipes.tasks.__main__").make_parser()
     else:
         parser = importlib.import_module(module).make_parser()
-    parser.parse_args(shlex.split(arguments))
+    words = shlex.split(arguments)
+    if "--config" in words:  # TRL's: a file beside the options
+        parser.parse_args_and_config(words)
+    else:
+        parser.parse_args(words)
 
 
-@pytest.mark.parametrize("target", sorted({*re.findall(r"make ([a-z]+)", "\n".join(blocks("bash")))}))
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS, ids=[f"{s} {a[:40]}" for s, a in SCRIPTS])
+def test_scripts_parse(script: str, arguments: str) -> None:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module.make_parser().parse_args(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("target", sorted({*re.findall(r"make ([a-z]+(?:-[a-z]+)*)", "\n".join(blocks("bash")))}))
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
