@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         report = build_bank(options.output, options.work or options.output / "work", options.skip, options.views)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
     print(report)
     print(f"{time.perf_counter() - start:.0f} s")
 
