@@ -64,7 +64,11 @@ def test_the_parts_are_what_they_are_called(report: dict) -> None:
 def test_the_setup_says_what_was_measured(report: dict) -> None:
     setup = report["setup"]
     assert setup["threads"] >= 1 and setup["torch"] == torch.__version__ and setup["dtype"] == "float32"
-    assert setup["language_model"] == "6 x 256, vocabulary 2512" and setup["scales"] == [1, 2, 4, 8, 16]
+    config = json.loads((ROOT / "hub_cards/argenseg-tiny/config.json").read_text())
+    text = config["vlm_config"]["text_config"]
+    layers, width, rows = text["num_hidden_layers"], text["hidden_size"], text["vocab_size"]
+    assert setup["language_model"] == f"{layers} x {width}, vocabulary {rows}"
+    assert setup["scales"] == config["visual_tokenizer_config"]["patch_nums"][: config["num_scales"]]
     ours, floors = report["modes"]["ours fast"], report["floors"]
     assert floors["ours fast, ms"] == pytest.approx(1000 * ours["total"])
     reading = floors["weights of the language model's layers, GB"] * 4 + floors["heads read in all, GB"]
