@@ -57,13 +57,14 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
         use_attention: self-attention at the lowest resolution and in the middle, as released.
         latent_channels: channels D of the latent and length of a codebook entry.
         vocab_size: number V of codebook entries.
-        patch_nums: sides p_1..p_K of the scales, coarse to fine; the last is the side of the latent.
+        patch_nums: sides p_1..p_K of the scales, coarse to fine; the last is the side of the latent. A side may come
+            twice: the second pass codes what the first left over.
         num_phi: how many `phi` convolutions the scales share.
         phi_ratio: share of the convolution in `phi(x) = (1 - r) x + r conv(x)`.
         commitment_weight: weight of the commitment term of the VQ loss.
         rate_weight: entropy-constrained quantisation (Chou, Lookabaugh & Gray 1989): a code is chosen by squared
             distance + `rate_weight` * (-log of its frequency at that scale), which makes the tokens predictable.
-            0 is nearest neighbour, as released.
+            One number, or one for each scale. 0 is nearest neighbour, as released.
     """
 
     model_type = "var_tokenizer"
@@ -87,7 +88,7 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
     num_phi: int = 4
     phi_ratio: float = 0.5
     commitment_weight: float = 0.25
-    rate_weight: float = 0.0
+    rate_weight: float | list[float] = 0.0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -101,8 +102,10 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
                 f"{len(self.channel_multipliers)} levels gives a side of {latent_side}, patch_nums ends in "
                 f"{self.patch_nums[-1]}"
             )
-        if any(a >= b for a, b in zip(self.patch_nums, self.patch_nums[1:], strict=False)):
-            raise ValueError(f"patch_nums must grow from coarse to fine, got {self.patch_nums}")
+        if isinstance(self.rate_weight, list | tuple) and len(self.rate_weight) != len(self.patch_nums):
+            raise ValueError(f"rate_weight has {len(self.rate_weight)} numbers for {len(self.patch_nums)} scales")
+        if any(a > b for a, b in zip(self.patch_nums, self.patch_nums[1:], strict=False)):
+            raise ValueError(f"patch_nums must go from coarse to fine, got {self.patch_nums}")
 
     @property
     def num_tokens(self) -> int:

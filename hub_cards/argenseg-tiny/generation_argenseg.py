@@ -4,10 +4,15 @@ Rows of a batch that emit `<gen_start>` wait until no row is writing text any mo
 drawn together, one forward pass for each scale, and the rows go on with text. While they wait, rows are fed padding
 that nobody attends to, so the key-value cache may hold gaps; the returned `sequences` do not.
 
-Shapes: B rows asked for, R rows run (2 B under guidance: conditional rows, then unconditional), V codebook entries.
+The answer that the checkpoint was trained to give around a picture (`picture_answer_ids`) is read together with the
+prompt instead of token by token, and kept as far as the model would have written it itself: one prefill tells whether
+it draws. The same holds for what follows the picture.
+
+Shapes: B rows asked for, R rows run (2 B under guidance: conditional rows, then unconditional), V codebook entries,
+n tokens of the answer before its picture, m after it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +21,15 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationMixin,
     MaxLengthCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
+
+from .generation_drawing import DrawingMixin
+from .generation_prefill import PrefillMixin
+from .generation_rows import Rows
+from .picture_streamer import PictureStream
+from .shared_prefix import EncodedImage
+from .static_steps import rounded_up, with_room
 
 PICTURE_DEFAULTS: dict[str, Any] = {
     "picture_guidance_scale": 0.0,
@@ -30,7 +38,11 @@ PICTURE_DEFAULTS: dict[str, Any] = {
     "picture_top_k": None,
     "picture_top_p": None,
     "picture_logit_adjustment": 0.0,
+    "picture_answer_ids": None,
+    "picture_prefill": "auto",
+    "picture_stop_at_scale": None,
 }
+PREFILL = ("auto", "always", "never")
 
 
 @dataclass
@@ -48,54 +60,12 @@ class ARGenSegGenerateOutput(GenerateDecoderOnlyOutput):
     picture_token_logprobs: list[list[torch.Tensor]] | None = None
 
 
-@dataclass
-class _Rows:
-    """State of the loop: columns of the stream as the cache holds them, and what each row is doing."""
-
-    ids: torch.Tensor  # (R, columns)
-    mask: torch.Tensor  # (R, columns), 0 where nobody attends
-    prompt_length: int
-    padding: int  # columns that longer unconditional prompts put before the prompts
-    budget: torch.Tensor  # (B,) text tokens left
-    running: torch.Tensor  # (B,) writes text
-    waiting: torch.Tensor  # (B,) has emitted <gen_start>
-    first_logits: torch.Tensor  # (R, V) logits of v_1 of the waiting rows
-    model_kwargs: dict[str, Any]
-    logprobs: list[list[torch.Tensor]] = field(default_factory=list)
-    scores: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def copies(self) -> int:
-        """2 under guidance, else 1."""
-        return self.ids.shape[0] // self.running.shape[0]
-
-    @property
-    def streams(self) -> torch.Tensor:
-        """The rows asked for (B, columns) as the caller knows them, gaps included."""
-        return self.ids[: self.running.shape[0], self.padding :]
-
-    def for_all(self, per_row: torch.Tensor) -> torch.Tensor:
-        """A value per row asked for (B, ...) to one per row run (R, ...)."""
-        return torch.cat([per_row] * self.copies)
-
-    def append(self, ids: torch.Tensor, active: torch.Tensor) -> None:
-        """New columns `ids` (R, l); rows that are not `active` (B,) will not attend to them."""
-        self.ids = torch.cat([self.ids, ids], dim=1)
-        self.extend_mask(active, ids.shape[1])
-
-    def extend_mask(self, active: torch.Tensor, length: int) -> None:
-        columns = self.for_all(active).to(self.mask.dtype)[:, None].expand(-1, length)
-        self.mask = torch.cat([self.mask, columns], dim=1)
-
-    def positions(self) -> torch.Tensor:
-        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-class ARGenSegGenerationMixin(GenerationMixin):
+class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
     """`generate` that draws. Beside the usual options:
 
     Args:
+        encoded_image (`EncodedImage`, *optional*): what `encode_image` returned, if all prompts are about that image;
+            `pixel_values` are not needed then.
         picture_guidance_scale (`float`, defaults to 0): classifier-free guidance g of pictures, as released: at
             scale s of K (0-based) the logits are (1 + t) conditional - t unconditional with t = g s / (K - 1).
             Needs `negative_input_ids` (and `negative_attention_mask`), the unconditional prompts (B, L').
@@ -104,10 +74,55 @@ class ARGenSegGenerationMixin(GenerationMixin):
         picture_logit_adjustment (`float`, defaults to 0): logit adjustment (Menon et al. 2021). Subtracts this times
             the log-frequency that each code had at its scale when the VAR tokenizer was trained. Most cells of a mask
             are empty, so a model that is unsure where a thing is draws nothing; this makes it draw its best guess.
-    `max_new_tokens` counts text; the tokens of pictures do not use it up.
+        picture_answer_ids (`list[int]`): the answer that comes with a picture, `<gen_start>` in the picture's place
+            and the end-of-text token included (`processor.picture_answer_ids`).
+        picture_prefill (`str`, defaults to `"auto"`): `"auto"` reads the answer's words with the prompt and keeps those
+            that the model would have written, so that the result is the same in fewer passes (greedy text only; other
+            ways of choosing text go token by token). `"always"` takes the words as said: every row draws. `"never"`
+            writes token by token.
+        picture_stop_at_scale (`int`): a preview. The answer ends after this many scales of its first picture.
+    `max_new_tokens` counts text; the tokens of pictures do not use it up. `cache_implementation="static"` works.
     """
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
+
+    @torch.no_grad()
+    def encode_image(self, input_ids: torch.Tensor, **inputs: Any) -> EncodedImage:
+        """Reads one prompt up to the last token of its image, for any number of prompts on that image.
+
+            encoded = model.encode_image(**inputs)  # of any prompt on the image
+            model.generate(**prompts, encoded_image=encoded)
+
+        Args:
+            input_ids: one prompt (1, L), as the processor makes it, with `pixel_values` or `mm_encoder_outputs`.
+
+        Raises:
+            ValueError: there is more than one prompt, or no image in it.
+        """
+        if input_ids.shape[0] != 1:
+            raise ValueError(f"encode_image takes the inputs of one prompt, got {input_ids.shape[0]}")
+        mask = inputs.pop("attention_mask", None)
+        ids = input_ids[0] if mask is None else input_ids[0, mask[0].bool()]
+        places = (ids == self.config.image_token_id).nonzero()
+        if not len(places):
+            raise ValueError(f"the prompt holds no image (placeholder id {self.config.image_token_id})")
+        ids = ids[: int(places[-1]) + 1]
+        outputs = self.model(input_ids=ids[None], use_cache=True, return_dict=True, **inputs)
+        return EncodedImage.from_cache(ids, outputs.past_key_values)
+
+    def stream(self, **inputs: Any) -> PictureStream:
+        """`generate` that shows its pictures while they are drawn.
+
+            for partial in model.stream(**inputs):
+                masks, _ = processor.decode_masks(partial.codes)
+
+        Args:
+            inputs: as for `generate`; a `streamer` gets the text.
+
+        Returns:
+            an iterable of `PartialPicture`, one a scale, which has `generate`'s result in `.outputs` afterwards.
+        """
+        return PictureStream(self.generate, inputs)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -116,17 +131,45 @@ class ARGenSegGenerationMixin(GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, default in PICTURE_DEFAULTS.items():
             setattr(generation_config, name, given.get(name, getattr(generation_config, name, default)))
+        if model_kwargs.get("encoded_image") is not None:
+            model_kwargs.pop("pixel_values", None)
         return generation_config, model_kwargs
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """As usual; a static cache also has room for a picture for each row. It grows if more are drawn."""
+        if generation_config.cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS:
+            draft = len(generation_config.picture_answer_ids or [])
+            negative = model_kwargs.get("negative_input_ids")
+            longer = 0 if negative is None else negative.shape[1]
+            max_cache_length = rounded_up(max_cache_length + longer + draft + self.config.picture_length)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
+        encoded_image: EncodedImage | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        # the unconditional prompts are rows of their own by now; named here so that `generate` lets them pass
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        # all three have been used up by now; named here so that `generate` lets them pass
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        mask, cache, ids = kwargs.get("attention_mask"), inputs.get("past_key_values"), inputs.get("input_ids")
+        if ids is not None and cache is not None and cache.is_compileable and self.config.scale_attention == "block":
+            # for a static cache the mask is made here, and transformers' own knows of no pictures in the history
+            embeds = torch.empty(*ids.shape, 0, dtype=self.dtype, device=ids.device)
+            blocks = self.model.attention_mask_of(ids, embeds, mask, cache, inputs.get("position_ids"))
+            inputs["attention_mask"] = inputs.get("attention_mask") if blocks is mask else blocks
+        return inputs
 
     def _sample(
         self,
@@ -138,84 +181,35 @@ class ARGenSegGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> ARGenSegGenerateOutput | torch.Tensor:
-        _check_options(generation_config, synced_gpus)
+        self._check_options(generation_config, synced_gpus)
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
-        pad = generation_config._pad_token_tensor
-        pad_id = self.config.gen_end_token_id if pad is None else int(pad.flatten()[0])
-        rows, logits = self._begin(input_ids, generation_config, pad_id, model_kwargs)
+        rows = self._rows(input_ids, generation_config, model_kwargs)
+        draft = self._draft(rows, generation_config, logits_processor, criteria)
+        logits = self._begin(rows, draft, generation_config, streamer)
+        forward = self
+        if self._compiles(rows, generation_config):
+            forward = self.get_compiled_call(generation_config.compile_config)
         while True:
             if bool(rows.running.any()):
                 tokens = self._choose_text(rows, logits, logits_processor, generation_config)
-                logits = self._advance(rows, tokens, pad_id, criteria, streamer)
+                logits = self._advance(rows, tokens, criteria, streamer, forward)
             elif bool(rows.waiting.any()):
-                logits = self._draw(rows, generation_config, pad_id)
+                logits = self._picture(rows, generation_config, streamer)
             else:
                 break
         if streamer is not None:
             streamer.end()
-        return self._finish(rows, generation_config, pad_id)
+        return self._finish(rows, generation_config)
 
-    def _begin(
-        self, input_ids: torch.Tensor, generation_config: GenerationConfig, pad_id: int, model_kwargs: dict[str, Any]
-    ) -> tuple[_Rows, torch.Tensor]:
-        """Prefill. Rows whose prompt ends in `<gen_start>` wait from the start: the mask comes at once."""
-        batch, length = input_ids.shape
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.is_compileable:
-            raise ValueError("a static cache has no room for pictures: leave cache_implementation unset")
-        mask = model_kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
-        negative = model_kwargs.pop("negative_input_ids", None)
-        negative_mask = model_kwargs.pop("negative_attention_mask", None)
-        if generation_config.picture_guidance_scale:
-            if negative is None:
-                raise ValueError(
-                    "picture_guidance_scale needs the unconditional prompts: pass negative_input_ids and "
-                    "negative_attention_mask (processor(text=[...]) makes them)"
-                )
-            negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask
-            starts = self.config.gen_start_token_id
-            if not torch.equal(input_ids[:, -1] == starts, negative[:, -1] == starts):
-                raise ValueError("prompt and unconditional prompt must both end in <gen_start>, or neither")
-            input_ids = _stack_left_padded(input_ids, negative, pad_id)
-            mask = _stack_left_padded(mask, negative_mask.to(mask.dtype), 0)
-        nobody = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
-        rows = _Rows(
-            ids=input_ids,
-            mask=mask,
-            prompt_length=input_ids.shape[1],
-            padding=input_ids.shape[1] - length,
-            budget=torch.full((batch,), generation_config.max_length - length, device=input_ids.device),
-            running=~nobody,
-            waiting=nobody,
-            first_logits=torch.empty(0),
-            model_kwargs=model_kwargs,
-            logprobs=[[] for _ in range(batch)],
-        )
-        model_kwargs["attention_mask"] = rows.mask
-        model_kwargs["position_ids"] = rows.positions()
-        outputs = self._prefill(input_ids, generation_config, model_kwargs)
-        model_kwargs["past_key_values"] = outputs.past_key_values
-        logits = outputs.logits[:, -1].float()
-        rows.first_logits = self._visual_slice(logits)
-        rows.waiting = rows.ids[:batch, -1] == self.config.gen_start_token_id
-        rows.running = ~rows.waiting
-        return rows, logits
-
-    def _visual_slice(self, logits: torch.Tensor) -> torch.Tensor:
-        first = self.config.visual_token_offset
-        return logits[..., first : first + self.config.visual_vocab_size]
+    # ------------------------------------------------------------------ text
 
     def _choose_text(
-        self, rows: _Rows, logits: torch.Tensor, processors: LogitsProcessorList, generation_config: GenerationConfig
+        self, rows: Rows, logits: torch.Tensor, processors: LogitsProcessorList, generation_config: GenerationConfig
     ) -> torch.Tensor:
-        """Next text tokens (B,). Visual ids and `<gen_end>` are no text and cannot be chosen."""
-        batch = rows.running.shape[0]
-        logits, first = logits[:batch], self.config.visual_token_offset
-        scores = logits.clone()  # masked before the processors, so that top-k and top-p choose among text
-        scores[:, first : first + self.config.visual_vocab_size] = -torch.inf
-        scores[:, self.config.gen_end_token_id] = -torch.inf
-        scores = processors(rows.streams, scores)
+        """Next text tokens (B,)."""
+        logits = logits[: rows.running.shape[0]]
+        # masked before the processors, so that top-k and top-p choose among text
+        scores = processors(rows.streams, self._text_scores(logits))
         if generation_config.return_dict_in_generate and generation_config.output_scores:
             rows.scores.append(scores)
         if generation_config.return_dict_in_generate and generation_config.output_logits:
@@ -225,11 +219,12 @@ class ARGenSegGenerationMixin(GenerationMixin):
         return scores.argmax(-1)
 
     def _advance(
-        self, rows: _Rows, tokens: torch.Tensor, pad_id: int, criteria: StoppingCriteriaList, streamer: Any
+        self, rows: Rows, tokens: torch.Tensor, criteria: StoppingCriteriaList, streamer: Any, forward: Any
     ) -> torch.Tensor | None:
         """Appends one column of text and runs it; afterwards rows run on, wait with their picture, or are done."""
         wrote = rows.running
-        tokens = tokens.masked_fill(~wrote, pad_id)
+        tokens = tokens.masked_fill(~wrote, rows.pad_id)
+        used = rows.mask.shape[1]
         rows.append(rows.for_all(tokens)[:, None], wrote)
         rows.budget -= wrote.long()
         if streamer is not None:
@@ -240,95 +235,34 @@ class ARGenSegGenerationMixin(GenerationMixin):
         rows.running = wrote & ~begins & ~done
         if not bool((rows.running | rows.waiting).any()):
             return None  # nobody will read this column
-        inputs = self.prepare_inputs_for_generation(
-            rows.ids,
-            next_sequence_length=1,
-            **{**rows.model_kwargs, "attention_mask": rows.mask, "position_ids": rows.positions(), "use_cache": True},
-        )
-        logits = self(**inputs, return_dict=True).logits[:, -1].float()
+        cache = with_room(rows.model_kwargs["past_key_values"], self.model.language_model.config, used, used + 1)
+        rows.model_kwargs |= {
+            "attention_mask": rows.mask,
+            "position_ids": rows.positions(),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        inputs = self.prepare_inputs_for_generation(rows.ids, next_sequence_length=1, **rows.model_kwargs)
+        logits = forward(**inputs, return_dict=True).logits[:, -1].float()
         rows.first_logits = torch.where(rows.for_all(begins)[:, None], self._visual_slice(logits), rows.first_logits)
         return logits
 
-    def _draw(self, rows: _Rows, generation_config: GenerationConfig, pad_id: int) -> torch.Tensor:
-        """Draws the pictures of all waiting rows: one forward pass a scale, then `<gen_end>`.
+    # ------------------------------------------------------------------ pictures, and the end
 
-        `<gen_start>` has been read already; its logits choose v_1. Returns the logits (R, vocabulary) of the text
-        that follows.
-        """
-        quantizer, sides = self.model.quantizer, self.config.patch_nums
-        logits, f_hat, drawn, logprobs = rows.first_logits[:, None], 0.0, [], []
-        for scale in range(len(sides)):
-            if scale:
-                queries = self.model.embed_queries(quantizer.query_features(f_hat, scale), scale, scale)
-                logits = self.visual_logits(self._scale_step(rows, queries)).float()
-            tokens, chosen = self._choose_visual(logits, scale, generation_config, rows.copies)
-            f_hat = f_hat + quantizer.contribution(rows.for_all(tokens), scale)
-            drawn.append(tokens)
-            logprobs.append(chosen)
-        gen_end = rows.ids.new_full((rows.ids.shape[0], 1), self.config.gen_end_token_id)
-        hidden = self._scale_step(rows, self.get_input_embeddings()(gen_end))
-        ids = torch.cat(drawn, dim=1) + self.config.visual_token_offset
-        ids = ids.masked_fill(~rows.waiting[:, None], pad_id)
-        rows.ids = torch.cat([rows.ids, rows.for_all(ids)], dim=1)
-        for row in rows.waiting.nonzero()[:, 0].tolist():
-            rows.logprobs[row].append(torch.cat(logprobs, dim=1)[row])
-        rows.running = rows.waiting & (rows.budget > 0)
-        rows.waiting = torch.zeros_like(rows.waiting)
-        return self.lm_head(hidden)[:, -1].float()
+    def _picture(self, rows: Rows, generation_config: GenerationConfig, streamer: Any) -> torch.Tensor | None:
+        """Draws what is waiting. Returns the logits (R, vocabulary) of the text that follows; None after a preview."""
+        logits, drew, after = self._draw(rows, generation_config, streamer), rows.waiting, rows.draft_after
+        rows.waiting = torch.zeros_like(drew)
+        if logits.shape[1] == 0:
+            rows.running = rows.waiting
+            return None
+        rows.ids = torch.cat([rows.ids, after.expand(rows.ids.shape[0], -1)], dim=1)
+        _, logits = self._accept(rows, after, logits, drew, streamer=streamer)
+        rows.running = drew & (rows.budget > 0)
+        return logits
 
-    def _scale_step(self, rows: _Rows, embeds: torch.Tensor) -> torch.Tensor:
-        """Hidden states (R, l, hidden) of the queries of one scale; only waiting rows take part."""
-        cache = rows.model_kwargs["past_key_values"]
-        rows.extend_mask(rows.waiting, embeds.shape[1])
-        text_config, mask, options = self.model.language_model.config, rows.mask, {}
-        if self.config.scale_attention == "block" and embeds.shape[1] > 1:
-            if "flash" in text_config._attn_implementation:
-                options["is_causal"] = False
-            else:
-                mask = create_bidirectional_mask(
-                    text_config, embeds, mask, past_key_values=cache, allow_is_bidirectional_skip=False
-                )
-        outputs = self.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=rows.positions()[:, -embeds.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        return outputs.last_hidden_state
-
-    def _choose_visual(
-        self, logits: torch.Tensor, scale: int, generation_config: GenerationConfig, copies: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codebook indices and their log-probabilities, both (B, l), from logits (R, l, V)."""
-        if copies == 2:
-            conditional, unconditional = logits.chunk(2)
-            t = generation_config.picture_guidance_scale * scale / max(len(self.config.patch_nums) - 1, 1)
-            logits = (1 + t) * conditional - t * unconditional
-        preferred = logits
-        if generation_config.picture_logit_adjustment:
-            prior = self.model.quantizer.log_frequency(scale)
-            preferred = logits - generation_config.picture_logit_adjustment * prior
-        if generation_config.picture_do_sample:
-            flat = preferred.flatten(0, 1)
-            for warper in _picture_warpers(generation_config):
-                flat = warper(None, flat)
-            tokens = torch.multinomial(flat.softmax(-1), num_samples=1).view(logits.shape[:2])
-        else:
-            tokens = preferred.argmax(-1)
-        return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-
-    def _finish(
-        self, rows: _Rows, generation_config: GenerationConfig, pad_id: int
-    ) -> ARGenSegGenerateOutput | torch.Tensor:
-        """Closes the gaps that waiting left in the columns, so that every row is a plain stream again."""
-        batch, prompt = rows.running.shape[0], rows.prompt_length
-        answers = [
-            row[keep] for row, keep in zip(rows.ids[:batch, prompt:], rows.mask[:batch, prompt:].bool(), strict=True)
-        ]
-        answers = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=pad_id)
-        sequences = torch.cat([rows.ids[:batch, rows.padding : prompt], answers], dim=1)
+    def _finish(self, rows: Rows, generation_config: GenerationConfig) -> ARGenSegGenerateOutput | torch.Tensor:
+        sequences = rows.answers()
         if not generation_config.return_dict_in_generate:
             return sequences
         return ARGenSegGenerateOutput(
@@ -340,37 +274,28 @@ class ARGenSegGenerationMixin(GenerationMixin):
             picture_token_logprobs=rows.logprobs,
         )
 
-    def _picture_score(self, logprobs: torch.Tensor) -> float:
-        means = [scale.mean() for scale in logprobs.split([side * side for side in self.config.patch_nums])]
-        return float(torch.stack(means).mean().exp())
-
-
-def _check_options(generation_config: GenerationConfig, synced_gpus: bool) -> None:
-    if generation_config.use_cache is False:
-        raise ValueError("drawing needs the key-value cache: leave use_cache=True")
-    if synced_gpus:
-        raise ValueError("synced_gpus (ZeRO stage 3) is not supported: rows draw at different steps on each rank")
-    if generation_config.output_attentions or generation_config.output_hidden_states:
-        raise ValueError(
-            "generate does not collect attentions or hidden states; run a forward pass over the returned sequences"
-        )
-
-
-def _picture_warpers(generation_config: GenerationConfig) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if generation_config.picture_temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(generation_config.picture_temperature))
-    if generation_config.picture_top_k is not None:
-        warpers.append(TopKLogitsWarper(generation_config.picture_top_k))
-    if generation_config.picture_top_p is not None:
-        warpers.append(TopPLogitsWarper(generation_config.picture_top_p))
-    return warpers
-
-
-def _stack_left_padded(first: torch.Tensor, second: torch.Tensor, value: int) -> torch.Tensor:
-    """Rows of both (B, L) and (B, L'), left-padded to the same length."""
-    length = max(first.shape[1], second.shape[1])
-    return torch.cat([torch.nn.functional.pad(t, (length - t.shape[1], 0), value=value) for t in (first, second)])
+    def _check_options(self, generation_config: GenerationConfig, synced_gpus: bool) -> None:
+        if generation_config.use_cache is False:
+            raise ValueError("drawing needs the key-value cache: leave use_cache=True")
+        if synced_gpus:
+            raise ValueError("synced_gpus (ZeRO stage 3) is not supported: rows draw at different steps on each rank")
+        if generation_config.output_attentions or generation_config.output_hidden_states:
+            raise ValueError(
+                "generate does not collect attentions or hidden states; run a forward pass over the returned sequences"
+            )
+        stop, scales = generation_config.picture_stop_at_scale, len(self.config.patch_nums)
+        if stop is not None and stop not in range(1, scales + 1):
+            raise ValueError(f"picture_stop_at_scale must be from 1 to {scales}, the model's scales; got {stop!r}")
+        prefill, ids = generation_config.picture_prefill, generation_config.picture_answer_ids
+        if prefill not in PREFILL:
+            raise ValueError(f"picture_prefill must be one of {PREFILL}, got {prefill!r}")
+        if prefill == "always" and (not ids or generation_config.prefill_chunk_size is not None):
+            raise ValueError(
+                "picture_prefill='always' needs picture_answer_ids=processor.picture_answer_ids, and no "
+                "prefill_chunk_size"
+            )
+        if ids and list(ids).count(self.config.gen_start_token_id) != 1:
+            raise ValueError(f"picture_answer_ids must hold <gen_start> ({self.config.gen_start_token_id}) once: {ids}")
 
 
 __all__ = ["ARGenSegGenerateOutput", "ARGenSegGenerationMixin"]

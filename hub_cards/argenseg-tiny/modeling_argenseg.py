@@ -6,25 +6,25 @@ v_{i+1}, built from the scales before it; at the position of v_T it reads `<gen_
 Shapes: B batch, L stream length, N pictures in the batch, T visual tokens a picture, D codebook width.
 """
 
-import copy
-import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_argenseg import ARGenSegConfig
+from .from_vlm import FromVLMMixin
 from .generation_argenseg import ARGenSegGenerationMixin
+from .losses_argenseg import LossMixin, cross_entropy, token_losses
 from .released_checkpoint import LoadsReleased, model_arguments
-from .var_tokenizer import MultiScaleQuantizer, VARTokenizer
+from .var_quantizer import MultiScaleQuantizer
 
 
 @dataclass
@@ -70,11 +70,18 @@ class ARGenSegPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = "past_key_values"
     _keep_in_fp32_modules_strict = ["quantizer"]
+    _keep_in_fp32_modules = ["generation_projector"]  # in fp16, and when the rest is quantised
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
+        """As usual, but under the names of these classes: transformers would write those of older ones where the
+        vision-language model has had other names before, and `Trainer` silently resumes without weights it does not
+        know."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -118,6 +125,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.vlm.set_input_embeddings(value)
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """Projected image features of the vision-language model, under `pooler_output`."""
         return self.vlm.get_image_features(pixel_values, **kwargs)
@@ -160,7 +168,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         positions = torch.arange(start, start + features.shape[1], device=features.device)
         projector = self.generation_projector
         projected = projector(features.to(projector[0].weight.dtype))
-        return projected + self.scale_embedding(scales) + self.position_embedding(positions)
+        added = self.scale_embedding(scales) + self.position_embedding(positions)
+        return projected.to(added.dtype) + added
 
     def embed_stream(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings (B, L, hidden) of a stream: text as usual, queries at v_1..v_{T-1}, `<gen_end>` at v_T."""
@@ -180,18 +189,22 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         return embeds.index_put((rows[:, None], inside), queries.to(embeds.dtype))
 
     def insert_image_features(
-        self, embeds: torch.Tensor, input_ids: torch.Tensor, features: torch.Tensor | list[torch.Tensor]
+        self, embeds: torch.Tensor, input_ids: torch.Tensor | None, features: torch.Tensor | list[torch.Tensor]
     ) -> torch.Tensor:
-        """Image features in place of the placeholders, in order.
+        """Image features in place of the placeholders, in order. Without ids these are known by their embedding.
 
         Raises:
             ValueError: placeholders and features do not match in number.
         """
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
-        places = input_ids == self.config.image_token_id
+        placeholder = self.config.image_token_id
+        if input_ids is None:
+            places = (embeds == self.get_input_embeddings().weight[placeholder]).all(-1)
+        else:
+            places = input_ids == placeholder
         if int(places.sum()) != features.shape[0]:
             raise ValueError(
-                f"the prompt has {int(places.sum())} image placeholders (id {self.config.image_token_id}), the images "
+                f"the prompt has {int(places.sum())} image placeholders (id {placeholder}), the images "
                 f"give {features.shape[0]} features: put one image in the prompt for each image passed"
             )
         return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
@@ -230,7 +243,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
                 "model with attn_implementation='sdpa'"
             )
         if past_key_values is not None:  # blocks are counted from the first column of the cache
-            blocks = F.pad(blocks, (past_key_values.get_seq_length(), 0), value=-1)
+            blocks = F.pad(blocks, (int(past_key_values.get_seq_length()), 0), value=-1)
         return create_causal_mask(
             self.language_model.config,
             inputs_embeds,
@@ -240,6 +253,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
             block_sequence_ids=blocks,
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -249,7 +263,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ARGenSegModelOutputWithPast:
         """Hidden states of a stream (B, L), text and pictures alike.
 
@@ -258,7 +272,6 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        kwargs.pop("return_dict", None)
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, return_dict=True)
@@ -272,6 +285,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
             attention_mask = self.attention_mask_of(
                 input_ids, inputs_embeds, attention_mask, past_key_values, position_ids
             )
+        elif image is not None:
+            inputs_embeds = self.insert_image_features(inputs_embeds, None, image.pooler_output)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -288,9 +303,12 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         )
 
 
-class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, ARGenSegGenerationMixin):
+class ARGenSegForConditionalGeneration(
+    LoadsReleased, FromVLMMixin, LossMixin, ARGenSegPreTrainedModel, ARGenSegGenerationMixin
+):
     """ARGenSeg with the language model's own head: one softmax over text and visual ids."""
 
+    _keep_in_fp32_modules = ["model.generation_projector"]  # quantisers match from the start of a name
     _tied_weights_keys = {"lm_head.weight": "model.vlm.language_model.embed_tokens.weight"}
     # the loss is a sum of two means; Trainer must not normalise it by the number of text labels
     accepts_loss_kwargs = False
@@ -301,74 +319,6 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
         self.model = ARGenSegModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_vlm(
-        cls,
-        vlm: "str | os.PathLike | PreTrainedModel | Any",
-        visual_tokenizer: "str | os.PathLike | VARTokenizer",
-        first_new_token_id: int | None = None,
-        **config_changes: Any,
-    ) -> "ARGenSegForConditionalGeneration":
-        """Start from a plain vision-language model: adds the picture vocabulary and the parts that draw.
-
-        The ids `<gen_start>`, `<gen_end>` and the codebook follow `first_new_token_id` in this order. New rows of
-        the embedding and the head start as the mean of the old ones, projector and embeddings of the queries at
-        zero (as released).
-
-        Args:
-            vlm: path or Hub name of an image-text-to-text model, its configuration (random weights), or the model.
-            visual_tokenizer: path or Hub name of a VAR tokenizer, or the tokenizer itself.
-            first_new_token_id: id of `<gen_start>`; default: the size of the vocabulary as it is.
-            config_changes: further fields of `ARGenSegConfig`, such as `scale_attention="block"`.
-        """
-        base, head, generation_config = _load_vlm(vlm)
-        if not isinstance(visual_tokenizer, PreTrainedModel):
-            visual_tokenizer = AutoModel.from_pretrained(visual_tokenizer)
-        old_size = base.get_input_embeddings().weight.shape[0]
-        first = old_size if first_new_token_id is None else first_new_token_id
-        new_size = max(old_size, first + 2 + visual_tokenizer.config.vocab_size)
-        config = ARGenSegConfig(
-            vlm_config=copy.deepcopy(base.config),  # the vocabulary grows below, but not that of the caller's model
-            visual_tokenizer_config=copy.deepcopy(visual_tokenizer.config),
-            gen_start_token_id=first,
-            gen_end_token_id=first + 1,
-            visual_token_offset=first + 2,
-            tie_word_embeddings=base.config.tie_word_embeddings if head is None else False,
-            **config_changes,
-        )
-        config.text_config.vocab_size = new_size
-        model = cls(config).to(base.dtype)
-        model.model.quantizer.float()
-        if generation_config is not None:
-            model.generation_config = copy.deepcopy(generation_config)
-        model._take_over(base, head, visual_tokenizer, first)
-        return model
-
-    @torch.no_grad()
-    def _take_over(
-        self, base: PreTrainedModel, head: torch.Tensor | None, visual_tokenizer: PreTrainedModel, first: int
-    ) -> None:
-        state = base.state_dict()
-        embedding_key = next(
-            k
-            for k in state
-            if state[k] is base.get_input_embeddings().weight
-            or state[k].data_ptr() == base.get_input_embeddings().weight.data_ptr()
-        )
-        state[embedding_key] = _with_mean_rows(state[embedding_key], first, self.lm_head.out_features)
-        self.model.vlm.load_state_dict(state)
-        if head is not None:
-            self.lm_head.weight.copy_(_with_mean_rows(head, first, self.lm_head.out_features))
-        self.tie_weights()
-        for module in (self.model.generation_projector, self.model.scale_embedding, self.model.position_embedding):
-            for parameter in module.parameters():
-                parameter.zero_()
-        self.set_visual_tokenizer(visual_tokenizer)
-
-    def set_visual_tokenizer(self, visual_tokenizer: PreTrainedModel) -> None:
-        """Copies the codebook and the phi convolutions of a VAR tokenizer into the frozen quantizer."""
-        self.model.quantizer.load_state_dict(visual_tokenizer.quantize.state_dict())
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -384,46 +334,7 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
             return F.linear(hidden_states, self.lm_head.weight[first : first + count])
         return self.lm_head(hidden_states)[..., first : first + count]
 
-    def scale_of_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(B, L): the scale (0-based) of every visual id of the stream, -1 for text."""
-        order = torch.arange(self.config.picture_length, device=input_ids.device)
-        starts = torch.tensor(self.config.visual_tokenizer_config.scale_starts, device=input_ids.device)
-        scales = torch.full_like(input_ids, -1)
-        rows, columns = self.model.find_pictures(input_ids)
-        scales[rows[:, None], columns[:, None] + 1 + order] = torch.bucketize(order, starts, right=True) - 1
-        return scales
-
-    def split_loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        input_ids: torch.Tensor | None,
-        keep: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross-entropy of text labels and of visual labels, each over the whole vocabulary (as released).
-
-        Either is zero where the batch has no such label. With `visual_loss="scale"` the visual mean is over the tokens
-        of each scale, then over the scales.
-
-        Args:
-            logits: (B, L, vocabulary), or (N, vocabulary) at the N positions that `keep` (B, L) marks.
-        """
-        keep = torch.ones_like(labels, dtype=torch.bool) if keep is None else keep
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)[keep]
-        losses = F.cross_entropy(logits.float().flatten(0, -2), targets, ignore_index=-100, reduction="none")
-        is_visual = self.config.is_visual(targets)
-        is_text = (targets != -100) & ~is_visual
-        zero = losses.sum() * 0.0
-        text_loss = losses[is_text].mean() if bool(is_text.any()) else zero
-        if not bool(is_visual.any()):
-            return text_loss, zero
-        if self.config.visual_loss == "token":
-            return text_loss, losses[is_visual].mean()
-        scales = F.pad(self.scale_of_tokens(input_ids)[:, 1:], (0, 1), value=-1)[keep]
-        drawn = [is_visual & (scales == scale) for scale in range(len(self.config.patch_nums))]
-        means = [losses[where].mean() for where in drawn if bool(where.any())]
-        return text_loss, torch.stack(means).mean()
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -435,17 +346,21 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> ARGenSegCausalLMOutputWithPast | tuple:
+        shift_labels: torch.Tensor | None = None,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> ARGenSegCausalLMOutputWithPast:
         """Teacher forcing needs nothing beside the ids: pictures in the stream become queries here.
 
         Args:
             input_ids: stream (B, L); a picture is `<gen_start>` and T visual ids.
             pixel_values: images as the processor makes them, one for each image in the prompts, in order.
             labels: stream (B, L) with -100 where nothing is to be learned; shifted here.
+            shift_labels: the same, shifted already (as trainers for sharded sequences do); used in place of `labels`.
             logits_to_keep: as in transformers. With labels, all positions or a bool mask (B, L): the head then runs
                 at the marked positions only, logits are (N, vocabulary), and the loss is over those.
+            skip_logits: with labels, make the loss without ever holding all logits, and return none. Default: in
+                training. The loss is the same, the memory a fraction where the vocabulary is large.
 
         Raises:
             ValueError: a picture in the stream is not whole, or placeholders and images do not match.
@@ -458,15 +373,28 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = text_loss = visual_loss = None
-        if labels is not None:
-            keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
-            text_loss, visual_loss = self.split_loss(logits, labels, input_ids, keep)
+        hidden = outputs.last_hidden_state
+        logits = loss = text_loss = visual_loss = None
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if targets is None:
+            logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        else:
+            masked = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2
+            keep = logits_to_keep if masked else torch.ones_like(targets, dtype=torch.bool)
+            if self.training if skip_logits is None else skip_logits:
+                keep = keep & (targets != -100)
+                losses = token_losses(self.lm_head, hidden[keep], targets[keep])
+            else:
+                logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+                losses = cross_entropy(logits.flatten(0, -2), targets[keep])
+            text_loss, visual_loss = self.split_loss(losses, targets[keep], input_ids, keep)
             loss = text_loss + self.config.visual_loss_weight * visual_loss
-        result = ARGenSegCausalLMOutputWithPast(
+        return ARGenSegCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -476,29 +404,6 @@ class ARGenSegForConditionalGeneration(LoadsReleased, ARGenSegPreTrainedModel, A
             text_loss=text_loss,
             visual_loss=visual_loss,
         )
-        return result.to_tuple() if return_dict is False else result
-
-
-def _load_vlm(vlm: Any) -> tuple[PreTrainedModel, torch.Tensor | None, GenerationConfig | None]:
-    """The base model, the weight of its head (None: no head of its own) and how it generates."""
-    from transformers import AutoModelForImageTextToText, PreTrainedConfig
-
-    if isinstance(vlm, (str, os.PathLike)):
-        vlm = AutoModelForImageTextToText.from_pretrained(vlm)
-    elif isinstance(vlm, PreTrainedConfig):
-        vlm = AutoModelForImageTextToText.from_config(vlm)
-    base = vlm.base_model
-    head = vlm.get_output_embeddings()
-    tied = head is not None and head.weight is base.get_input_embeddings().weight
-    return base, None if head is None or tied else head.weight, vlm.generation_config
-
-
-def _with_mean_rows(old: torch.Tensor, first: int, size: int) -> torch.Tensor:
-    """`old` (V, hidden) grown to `size` rows; the rows from `first` on are the mean of those before it."""
-    new = old.new_empty(size, old.shape[1])
-    new[: old.shape[0]] = old[:size]
-    new[first:] = old[:first].float().mean(0).to(old.dtype)
-    return new
 
 
 __all__ = ["ARGenSegForConditionalGeneration", "ARGenSegModel", "ARGenSegPreTrainedModel"]

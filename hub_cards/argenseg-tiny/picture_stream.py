@@ -1,5 +1,6 @@
 """Where pictures stand in a token stream: `<gen_start>` and exactly T visual ids after it. Everything else is text."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,13 +29,20 @@ class PictureVocabulary:
     def is_text(self, ids: np.ndarray) -> np.ndarray:
         return ~self.is_visual(ids) & (ids != self.gen_start_id)
 
-    def find_pictures(self, ids: np.ndarray, num_tokens: int | None, open_end: bool = False) -> list[PictureSpan]:
+    def find_pictures(
+        self,
+        ids: np.ndarray,
+        num_tokens: int | None,
+        open_end: bool = False,
+        previews: Sequence[int] = (),
+    ) -> list[PictureSpan]:
         """Find the pictures of one row.
 
         Args:
             ids: int array (L,). Padding is looked through, wherever it stands.
             num_tokens: T, the tokens of one picture; `None` if unknown.
             open_end: whether a `<gen_start>` may end the row, as in a prompt that opens a picture.
+            previews: numbers of tokens that a picture may also have which ends the row.
 
         Raises:
             ValueError: a picture is cut short, or visual ids stand outside any picture.
@@ -52,9 +60,10 @@ class PictureVocabulary:
                 continue
             end = start + 1 + num_tokens
             drawn = int(visual[start + 1 : end].cumprod().sum())
-            if drawn < num_tokens:
-                raise ValueError(_short_picture(drawn, num_tokens, at_end=start + 1 + drawn == len(ids)))
-            spans.append(PictureSpan(int(positions[start]), ids[start + 1 : end] - self.offset))
+            at_end = start + 1 + drawn == len(ids)
+            if drawn < num_tokens and not (at_end and drawn in previews):
+                raise ValueError(_short_picture(drawn, num_tokens, at_end))
+            spans.append(PictureSpan(int(positions[start]), ids[start + 1 : start + 1 + drawn] - self.offset))
         outside = int(visual.sum()) - sum(len(span.codes) for span in spans)
         if outside:
             raise ValueError(

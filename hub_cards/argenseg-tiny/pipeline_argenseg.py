@@ -6,7 +6,8 @@
     pipe([image, other], text=["the mug", ["the cup", "the spoon"]], batch_size=8)  # prompts image by image
 
 A request is one image with one prompt; `batch_size` counts requests. Image features are kept until the last request of
-their image is answered.
+their image is answered. Requests on one image that are answered together also share what the language model has read of
+that image.
 """
 
 from collections import deque
@@ -27,6 +28,8 @@ from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from .image_inputs import load_image
 
 MULTI_MASK = ("union", "instances")
+PROMPTS_TOGETHER = 8  # prompts of one image that are answered at once where no batch size is given
+IMAGE_BY_IMAGE = 0  # a batch size
 # what `pipeline` hands on although it has used it up itself
 NOT_FOR_GENERATE = ("local_files_only",)
 
@@ -61,6 +64,8 @@ class ARGenSegPipeline(Pipeline):
         super().__init__(model, processor=processor, **kwargs)
         processor.visual_tokenizer.to(self.device)
         self._generation_defaults.setdefault("pad_token_id", processor.tokenizer.pad_token_id)
+        if getattr(model.generation_config, "picture_answer_ids", None) is None:
+            self._generation_defaults.setdefault("picture_answer_ids", processor.picture_answer_ids)
 
     def _sanitize_parameters(
         self,
@@ -98,7 +103,8 @@ class ARGenSegPipeline(Pipeline):
             threshold: masks with a lower score are left out. Default 0: none is.
             mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
             generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
-            batch_size: requests (image and prompt) that are answered together. Default 1.
+            batch_size: requests (image and prompt) that are answered together. Default: the prompts of one image, at
+                most 8 at once.
 
         Returns:
             for an image a list of `{"label": the prompt, "score": float in [0, 1], "mask": PIL "L", 255 on the object,
@@ -113,6 +119,7 @@ class ARGenSegPipeline(Pipeline):
         inputs = kwargs.pop("images", inputs)
         if inputs is None:
             raise ValueError("the pipeline needs an image, or several")
+        kwargs["batch_size"] = kwargs.get("batch_size") or self._batch_size or IMAGE_BY_IMAGE
         if _is_one(inputs):
             return super().__call__([_item(inputs, text)], **kwargs)[0]
         if isinstance(inputs, (list, tuple)):
@@ -142,9 +149,11 @@ class ARGenSegPipeline(Pipeline):
         requests: list[tuple[dict, int]] = []
         for picture in loader:
             pending.append(picture)
-            for number in range(len(picture["labels"])):
+            prompts = len(picture["labels"])
+            for number in range(prompts):
                 requests.append((picture, number))
-                if len(requests) == batch_size:
+                ends = batch_size == IMAGE_BY_IMAGE and number == prompts - 1
+                if ends or len(requests) == (batch_size or PROMPTS_TOGETHER):
                     self._answer(requests, forward_params)
                     requests = []
             while pending and len(pending[0]["answers"]) == len(pending[0]["labels"]):
@@ -188,14 +197,14 @@ class ARGenSegPipeline(Pipeline):
             padding_side="left",
             return_tensors="pt",
         )
-        features = [tile for picture, _ in requests for tile in picture["features"]]
-        outputs = self.forward({**inputs, "features": features}, **options)
+        outputs = self.forward({**inputs, "image": self._image_inputs(requests)}, **options)
         answers = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
             target_sizes=[picture["size"] for picture, _ in requests],
             labels=[picture["labels"][number] for picture, number in requests],
             threshold=threshold,
             prompt_length=inputs["input_ids"].shape[1],
+            stop_at_scale=options.get("picture_stop_at_scale"),
         )
         for (picture, _), answer in zip(requests, answers, strict=True):
             picture["answers"].append(answer["segments"])
@@ -213,10 +222,21 @@ class ARGenSegPipeline(Pipeline):
         for picture, count in zip(new, counts, strict=True):
             picture["features"] = [next(tiles) for _ in range(count)]
 
+    def _image_inputs(self, requests: list[tuple[dict, int]]) -> dict[str, Any]:
+        """The images of some requests, as `generate` takes them: as read by the language model, if there is but one."""
+        picture, number = requests[0]
+        if len(picture["labels"]) == 1 or any(other is not picture for other, _ in requests):
+            return _as_inputs([tile for other, _ in requests for tile in other["features"]])
+        if "encoded" not in picture:
+            with self.device_placement(), self.get_inference_context()():
+                input_ids = picture["input_ids"][number][None].to(self.device)
+                picture["encoded"] = self.model.encode_image(input_ids, **_as_inputs(picture["features"]))
+        return {"encoded_image": picture["encoded"]}
+
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
-        image = BaseModelOutputWithPooling(pooler_output=torch.cat(model_inputs.pop("features"))[None])
+        image = model_inputs.pop("image")
         options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
-        outputs = self.model.generate(**model_inputs, mm_encoder_outputs={"image": image}, **options)
+        outputs = self.model.generate(**model_inputs, **image, **options)
         return {"sequences": outputs.sequences, "picture_scores": outputs.picture_scores}
 
     def postprocess(self, picture: dict[str, Any], multi_mask: str = "union", threshold: float = 0.0) -> list[dict]:
@@ -259,6 +279,11 @@ class SegmentationPipelineDispatch(ImageSegmentationPipeline):
 
 def _as_it_is(picture: dict) -> dict:
     return picture
+
+
+def _as_inputs(features: list[torch.Tensor]) -> dict[str, Any]:
+    """Image features, one tensor (tokens, hidden) a tile, as an input of the model."""
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(features)[None])}}
 
 
 def _is_one(inputs: Any) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModel, BatchFeature, GotOcr2ImageProcessorPil, PreTrainedModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import cached_file
 
@@ -166,6 +166,28 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
             return None
         return sum(side * side for side in self._vq_model.config.patch_nums[: self.num_scales])
 
+    @property
+    def whole_scales(self) -> list[int]:
+        """Visual tokens of a picture after each of its scales; the last is `num_visual_tokens`."""
+        sides = self._require_visual_tokenizer().config.patch_nums[: self.num_scales]
+        return [sum(side * side for side in sides[: count + 1]) for count in range(len(sides))]
+
+    @property
+    def picture_answer_ids(self) -> list[int]:
+        """Token ids of the answer that comes with a mask, `<gen_start>` in its place, up to the end of the turn.
+
+        For the option of `generate` of the same name: what is known beforehand need not be written token by token.
+        """
+        text = self.segmentation_answer.replace("{mask}", self.mask_marker)
+        asked = [{"role": "user", "content": [{"type": "text", "text": "-"}]}]
+        answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        before = super().apply_chat_template(asked, add_generation_prompt=True)
+        whole = super().apply_chat_template(answered).replace(self.mask_marker, self.gen_start_token)
+        read, ids = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, whole))
+        ids = ids[len(read) :]
+        end = self.tokenizer.eos_token_id
+        return ids[: ids.index(end) + 1] if end in ids else ids
+
     def _require_visual_tokenizer(self) -> PreTrainedModel:
         if self._vq_model is None:
             raise ValueError(
@@ -246,7 +268,13 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
     # ------------------------------------------------------------------ data to model inputs
 
-    def __call__(self, images=None, text=None, masks=None, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        masks: Any = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
         """Prepare text with images and masks for the model.
 
         Args:

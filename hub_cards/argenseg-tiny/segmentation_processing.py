@@ -9,6 +9,7 @@ from .image_inputs import to_list
 from .mask_inputs import load_mask, mask_to_picture, picture_to_map
 
 ENCODE_BATCH = 16  # masks that go through the VQ-VAE at once, so that mapping over a data set stays in memory
+DECODE_BATCH = 8  # pictures that go through its decoder at once
 
 
 class SegmentationProcessingMixin:
@@ -57,10 +58,10 @@ class SegmentationProcessingMixin:
         target_sizes: list[tuple[int, int] | None] | None = None,
         threshold: float = 0.5,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Turn visual tokens into masks, all in one call of the decoder.
+        """Turn visual tokens into masks.
 
         Args:
-            ids: long tensor (N, T) of codebook indices.
+            ids: long tensor (N, T) of codebook indices, or those of the first whole scales: a coarse preview.
             target_sizes: N pairs (height, width); the picture's own size where `None`.
             threshold: a pixel belongs to the object where its map is above this.
 
@@ -72,8 +73,11 @@ class SegmentationProcessingMixin:
         """
         model = self._require_visual_tokenizer()
         ids = torch.as_tensor(ids)
-        if ids.ndim != 2 or ids.shape[1] != self.num_visual_tokens:
-            raise ValueError(f"ids must be (N, {self.num_visual_tokens}); got the shape {tuple(ids.shape)}")
+        if ids.ndim != 2 or ids.shape[1] not in self.whole_scales:
+            raise ValueError(
+                f"ids must be (N, {self.num_visual_tokens}), or fewer columns for a preview, the first whole scales: "
+                f"{self.whole_scales}; got the shape {tuple(ids.shape)}"
+            )
         if len(ids) == 0:
             return [], []
         if ids.min() < 0 or ids.max() >= self.visual_vocab_size:
@@ -82,8 +86,8 @@ class SegmentationProcessingMixin:
                 f"visual_token_offset = {self.visual_token_offset}"
             )
         sizes = _sizes(target_sizes, len(ids))
-        pictures_NCSS = model.decode(ids.to(model.device))
-        maps = [picture_to_map(picture, size) for picture, size in zip(pictures_NCSS, sizes, strict=True)]
+        pictures = [picture for part in ids.split(DECODE_BATCH) for picture in model.decode(part.to(model.device))]
+        maps = [picture_to_map(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
         return maps, [white > threshold for white in maps]
 
     def post_process_segmentation(
@@ -93,6 +97,7 @@ class SegmentationProcessingMixin:
         labels: list[str | list[str] | None] | None = None,
         threshold: float = 0.5,
         prompt_length: int | None = None,
+        stop_at_scale: int | None = None,
     ) -> list[dict[str, Any]]:
         """Read text and masks out of generated streams.
 
@@ -104,21 +109,24 @@ class SegmentationProcessingMixin:
             threshold: see `decode_masks`.
             prompt_length: length of the prompt, if `sequences` hold it: what stands there is no answer. A picture
                 whose `<gen_start>` is the last token of the prompt is.
+            stop_at_scale: the `picture_stop_at_scale` of `generate`, if it was given: the last picture of a row may
+                then be a preview of so many scales.
 
         Returns:
             per row `{"text": str, "segments": [{"label": str | None, "mask": bool (H, W), "score": float | None}]}`.
             An answer without a picture has no segments.
 
         Raises:
-            ValueError: a sequence was cut inside a picture, or holds visual tokens outside of one; sizes, labels or
-                scores do not fit the rows.
+            ValueError: a sequence was cut inside a picture, or holds visual tokens outside of a picture; sizes,
+                labels or scores do not fit the rows.
         """
         sequences = outputs if isinstance(outputs, (torch.Tensor, np.ndarray, list)) else outputs.sequences
         rows = [np.asarray(torch.as_tensor(row).cpu()) for row in sequences]
         if any(row.ndim != 1 for row in rows):
             raise ValueError("sequences must be (B, L): one row of token ids per answer")
         sizes = _sizes(target_sizes, len(rows))
-        answers = [self._read_answer(index, row, prompt_length or 0) for index, row in enumerate(rows)]
+        previews = [] if stop_at_scale is None else [self.whole_scales[stop_at_scale - 1]]
+        answers = [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
         counts = [len(pictures) for _, pictures in answers]
         label_rows = _label_rows(labels, counts)
         score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
@@ -130,18 +138,24 @@ class SegmentationProcessingMixin:
         return results
 
     def _decode_rows(self, rows: list[list[np.ndarray]], sizes: list, threshold: float) -> list[list[np.ndarray]]:
-        """The codebook indices (T,) of every picture of every row -> bool masks, decoded together."""
-        codes = [codes for row in rows for codes in row]
-        if not codes:
-            return [[] for _ in rows]
-        picture_sizes = [size for row, size in zip(rows, sizes, strict=True) for _ in row]
-        masks = iter(self.decode_masks(torch.from_numpy(np.stack(codes)), picture_sizes, threshold)[1])
-        return [[next(masks) for _ in row] for row in rows]
+        """The codebook indices of every picture of every row -> bool masks, decoded together."""
+        flat = [(codes, size) for row, size in zip(rows, sizes, strict=True) for codes in row]
+        masks: list[Any] = [None] * len(flat)
+        for length in {len(codes) for codes, _ in flat}:  # one, unless some are previews
+            where = [i for i, (codes, _) in enumerate(flat) if len(codes) == length]
+            ids = torch.from_numpy(np.stack([flat[i][0] for i in where]))
+            decoded = self.decode_masks(ids, [flat[i][1] for i in where], threshold)[1]
+            for i, mask in zip(where, decoded, strict=True):
+                masks[i] = mask
+        ordered = iter(masks)
+        return [[next(ordered) for _ in row] for row in rows]
 
-    def _read_answer(self, index: int, ids: np.ndarray, prompt_length: int) -> tuple[str, list[np.ndarray]]:
-        """One row (L,) -> its text, and the codebook indices (T,) of each picture it draws."""
+    def _read_answer(
+        self, index: int, ids: np.ndarray, prompt_length: int, previews: list[int]
+    ) -> tuple[str, list[np.ndarray]]:
+        """One row (L,) -> its text, and the codebook indices of each picture it draws."""
         try:
-            spans = self._pictures.find_pictures(ids, self.num_visual_tokens)
+            spans = self._pictures.find_pictures(ids, self.num_visual_tokens, previews=previews)
         except ValueError as error:
             raise ValueError(f"answer {index}: {error}") from None
         answer = ids[prompt_length:]

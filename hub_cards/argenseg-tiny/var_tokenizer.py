@@ -1,13 +1,11 @@
 """VAR's multi-scale VQ-VAE (Tian et al. 2024) as a transformers model: pictures to visual tokens and back.
 
-`MultiScaleQuantizer` is a class of its own because the language model holds a frozen copy of it: from the visual
-tokens in its stream it builds the inputs of the next scale. Parameter names are those of VAR's `vae_ch160v4096z32`.
+Parameter names are those of VAR's `vae_ch160v4096z32`.
 
 Shapes: B batch, D latent channels, V codebook entries, K scales of side p_1..p_K, T = sum of p_k squared,
 h = w = p_K the side of the latent, H = W the side of the picture.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,296 +17,8 @@ from transformers.utils import ModelOutput
 
 from .configuration_argenseg import VARTokenizerConfig
 from .released_checkpoint import LoadsReleased, visual_tokenizer_arguments
-
-
-class Phi(nn.Conv2d):
-    """`phi(x) = (1 - r) x + r conv3x3(x)`: mends what up-sampling a coarse scale blurs."""
-
-    def __init__(self, channels: int, ratio: float) -> None:
-        super().__init__(channels, channels, kernel_size=3, padding=1)
-        self.ratio = ratio
-
-    def forward(self, h_BDhw: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(h_BDhw, super().forward(h_BDhw), self.ratio)
-
-
-class SharedPhi(nn.Module):
-    """`num_phi` convolutions shared among the scales; scale k uses the one whose tick is nearest to k / (K - 1)."""
-
-    def __init__(self, config: VARTokenizerConfig) -> None:
-        super().__init__()
-        self.qresi_ls = nn.ModuleList(Phi(config.latent_channels, config.phi_ratio) for _ in range(config.num_phi))
-        self.index_of_scale = self.nearest_ticks(len(config.patch_nums), config.num_phi)
-
-    @staticmethod
-    def nearest_ticks(num_scales: int, num_phi: int) -> list[int]:
-        """Index of the convolution of each scale; exact ties (scales 2 and 7 of ten) go up, as released."""
-        margin = 1 / (3 * num_phi) if num_phi == 4 else 1 / (2 * num_phi)
-        ticks = torch.linspace(margin, 1 - margin, num_phi, dtype=torch.float64, device="cpu")
-        at = torch.arange(num_scales, dtype=torch.float64, device="cpu") / max(num_scales - 1, 1)
-        distance = (ticks[None] - at[:, None]).abs()
-        return [int(torch.nonzero(row <= row.min() + 1e-9)[-1]) for row in distance]
-
-    def forward(self, h_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
-        return self.qresi_ls[self.index_of_scale[scale]](h_BDhw)
-
-
-class MultiScaleQuantizer(nn.Module):
-    """Residual quantisation of a latent, coarse to fine: every scale codes what the coarser ones left over.
-
-    All of it runs in the dtype of the codebook, without autocast, because f_hat is a long sum.
-    """
-
-    def __init__(self, config: VARTokenizerConfig) -> None:
-        super().__init__()
-        self.patch_nums = list(config.patch_nums)
-        self.side = self.patch_nums[-1]
-        self.rate_weight = config.rate_weight
-        self.embedding = nn.Embedding(config.vocab_size, config.latent_channels)
-        self.quant_resi = SharedPhi(config)
-        # how often each code was chosen at each scale; the prior of entropy-constrained quantisation
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), config.vocab_size))
-
-    def nearest(self, rest_NC: torch.Tensor, scale: int) -> torch.Tensor:
-        """Codebook indices (N,) of residual vectors (N, D): least squared distance plus the rate term, if any."""
-        codebook = self.embedding.weight
-        distance_NV = rest_NC.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rest_NC @ codebook.T
-        if self.rate_weight > 0:
-            distance_NV = distance_NV - self.rate_weight * self.log_frequency(scale)
-        return distance_NV.argmin(1)
-
-    def log_frequency(self, scale: int) -> torch.Tensor:
-        """Log of how often each code was chosen at a scale (V,); all the same where usage was not recorded."""
-        hits = self.ema_vocab_hit_SV[scale] + 1e-3
-        return (hits / hits.sum()).log()
-
-    def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
-        """What the tokens (B, p_k^2) of one scale add to f_hat: (B, D, h, w)."""
-        side = self.patch_nums[scale]
-        h_BDpp = self.embedding(ids_Bl).transpose(1, 2).unflatten(2, (side, side))
-        if side != self.side:
-            h_BDpp = F.interpolate(h_BDpp, size=(self.side, self.side), mode="bicubic")
-        return self.quant_resi(h_BDpp, scale)
-
-    def split(self, ids_BT: torch.Tensor) -> list[torch.Tensor]:
-        """Tokens of each scale. Accepts the tokens of the first scales only, if they are whole.
-
-        Raises:
-            ValueError: a scale is cut in the middle.
-        """
-        starts, at = [], 0
-        for side in self.patch_nums:
-            if at == ids_BT.shape[1]:
-                break
-            starts.append(side * side)
-            at += side * side
-        if at != ids_BT.shape[1] or not starts:
-            whole = sum(side * side for side in self.patch_nums)
-            raise ValueError(
-                f"a picture has {whole} visual tokens (scales of side {self.patch_nums}), got {ids_BT.shape[1]}: "
-                "the stream was cut inside a scale"
-            )
-        return list(ids_BT.split(starts, dim=1))
-
-    def accumulate(self, ids_BT: torch.Tensor) -> Iterator[torch.Tensor]:
-        """f_hat (B, D, h, w) after each scale that `ids_BT` holds."""
-        with torch.autocast(ids_BT.device.type, enabled=False):
-            f_hat = 0.0
-            for scale, ids_Bl in enumerate(self.split(ids_BT)):
-                f_hat = f_hat + self.contribution(ids_Bl, scale)
-                yield f_hat
-
-    def query_features(self, f_hat_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
-        """Features (B, p_k^2, D) of the queries of `scale`, from the f_hat of the scales before it."""
-        side = self.patch_nums[scale]
-        return F.interpolate(f_hat_BDhw, size=(side, side), mode="area").flatten(2).transpose(1, 2)
-
-    def next_scale_inputs(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Teacher-forcing features (B, T - 1, D): row i is the query for token i + 2 (VAR's `idxBl_to_var_input`)."""
-        sizes = [ids_Bl.shape[1] for ids_Bl in self.split(ids_BT)]
-        if len(sizes) == 1:
-            return self.embedding.weight.new_zeros(ids_BT.shape[0], 0, self.embedding.embedding_dim)
-        f_hats = self.accumulate(ids_BT[:, : -sizes[-1]])
-        return torch.cat([self.query_features(f_hat, k + 1) for k, f_hat in enumerate(f_hats)], dim=1)
-
-    def rest_at_scale(self, rest_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
-        """The residual, reduced to the side of `scale` and laid out as (B * p_k^2, D)."""
-        side = self.patch_nums[scale]
-        reduced = rest_BDhw if side == self.side else F.interpolate(rest_BDhw, size=(side, side), mode="area")
-        return reduced.permute(0, 2, 3, 1).flatten(0, 2)
-
-    @torch.no_grad()
-    def encode(self, f_BDhw: torch.Tensor) -> torch.Tensor:
-        """Latent (B, D, h, w) to visual tokens (B, T)."""
-        with torch.autocast(f_BDhw.device.type, enabled=False):
-            rest, ids = f_BDhw.to(self.embedding.weight.dtype), []
-            for scale in range(len(self.patch_nums)):
-                ids_Bl = self.nearest(self.rest_at_scale(rest, scale), scale).view(rest.shape[0], -1)
-                rest = rest - self.contribution(ids_Bl, scale)
-                ids.append(ids_Bl)
-            return torch.cat(ids, dim=1)
-
-    @torch.no_grad()
-    def record_usage(self, ids_BT: torch.Tensor, decay: float = 0.99) -> None:
-        """Moves the frequency of each code at each scale towards that of a batch."""
-        for scale, ids_Bl in enumerate(self.split(ids_BT)):
-            hits = torch.bincount(ids_Bl.flatten(), minlength=self.embedding.num_embeddings).float()
-            self.ema_vocab_hit_SV[scale].lerp_(hits / ids_Bl.numel(), 1 - decay)
-
-    @torch.no_grad()
-    def restart_unused(self, f_BDhw: torch.Tensor, below: float = 1e-6) -> int:
-        """Moves codes that no scale uses onto random (shrunk) vectors of a latent; returns how many.
-
-        Before the first step no code has been used: then this initialises the codebook from data.
-        """
-        unused = (self.ema_vocab_hit_SV.amax(0) < below).nonzero()[:, 0]
-        vectors = f_BDhw.permute(0, 2, 3, 1).flatten(0, 2).to(self.embedding.weight.dtype)
-        chosen = vectors[torch.randint(len(vectors), (len(unused),), device=vectors.device)]
-        self.embedding.weight[unused] = chosen * torch.rand_like(chosen[:, :1])
-        self.ema_vocab_hit_SV[:, unused] = 10 * below
-        return len(unused)
-
-
-def group_norm(config: VARTokenizerConfig, channels: int) -> nn.Module:
-    if config.norm_num_groups == 0:
-        return nn.Identity()
-    return nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-
-
-class LastConv2d(nn.Conv2d):
-    """Last convolution of a block without normalisation: starts at zero, so that the block starts as the identity."""
-
-
-class ResnetBlock(nn.Module):
-    def __init__(self, config: VARTokenizerConfig, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = group_norm(config, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(config, out_channels)
-        last = nn.Conv2d if config.norm_num_groups else LastConv2d
-        self.conv2 = last(out_channels, out_channels, 3, padding=1)
-        same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over all cells."""
-
-    def __init__(self, config: VARTokenizerConfig, channels: int) -> None:
-        super().__init__()
-        self.norm = group_norm(config, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        qkv_BLC = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)
-        h_BLC = F.scaled_dot_product_attention(*qkv_BLC.chunk(3, dim=-1))
-        return x + self.proj_out(h_BLC.transpose(1, 2).unflatten(2, x.shape[2:]))
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution; `attn` is empty but at the lowest."""
-
-    def __init__(self, config: VARTokenizerConfig, channels: list[int], attention: bool) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(config, a, b) for a, b in zip(channels[:-1], channels[1:], strict=True))
-        self.attn = nn.ModuleList(AttentionBlock(config, c) for c in channels[1:] if attention)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        for i, block in enumerate(self.block):
-            h = block(h)
-            if self.attn:
-                h = self.attn[i](h)
-        return h
-
-
-class Middle(nn.Module):
-    def __init__(self, config: VARTokenizerConfig, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(config, channels, channels)
-        self.attn_1 = AttentionBlock(config, channels) if config.use_attention else nn.Identity()
-        self.block_2 = ResnetBlock(config, channels, channels)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return self.block_2(self.attn_1(self.block_1(h)))
-
-
-class Encoder(nn.Module):
-    """Picture (B, 3, H, W) to latent (B, D, h, w)."""
-
-    def __init__(self, config: VARTokenizerConfig) -> None:
-        super().__init__()
-        widths = [config.base_channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.num_channels, config.base_channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels = config.base_channels
-        for i, width in enumerate(widths):
-            last = i == len(widths) - 1
-            level = Level(config, [channels] + [width] * config.num_res_blocks, config.use_attention and last)
-            if not last:
-                level.downsample = Downsample(width)
-            self.down.append(level)
-            channels = width
-        self.mid = Middle(config, channels)
-        self.norm_out = group_norm(config, channels)
-        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(x)
-        for level in self.down[:-1]:
-            h = level.downsample(level(h))
-        h = self.mid(self.down[-1](h))
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class Decoder(nn.Module):
-    """Latent (B, D, h, w) to picture (B, 3, H, W)."""
-
-    def __init__(self, config: VARTokenizerConfig) -> None:
-        super().__init__()
-        widths = [config.base_channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(config, widths[-1])
-        levels: list[Level] = []
-        channels = widths[-1]
-        for i, width in reversed(list(enumerate(widths))):
-            last = i == len(widths) - 1
-            level = Level(config, [channels] + [width] * (config.num_res_blocks + 1), config.use_attention and last)
-            if i:
-                level.upsample = Upsample(width)
-            levels.insert(0, level)  # up.0 is the finest, as in VAR
-            channels = width
-        self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(config, channels)
-        self.conv_out = nn.Conv2d(channels, config.num_channels, 3, padding=1)
-
-    def forward(self, f_BDhw: torch.Tensor) -> torch.Tensor:
-        h = self.mid(self.conv_in(f_BDhw))
-        for level in reversed(self.up[1:]):
-            h = level.upsample(level(h))
-        return self.conv_out(F.silu(self.norm_out(self.up[0](h))))
+from .var_layers import Decoder, Encoder, LastConv2d
+from .var_quantizer import MultiScaleQuantizer, Phi
 
 
 @dataclass
@@ -330,6 +40,10 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    # what `decode` and `decode_scales` run in; None: as loaded. torch.bfloat16 is several times as fast on processors
+    # and GPUs that multiply it in hardware, and moves a mask by pixels on its edge at most. Tokens are not concerned.
+    decode_dtype: torch.dtype | None = None
 
     def __init__(self, config: VARTokenizerConfig) -> None:
         super().__init__(config)
@@ -375,17 +89,23 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         """f_hat (B, D, h, w) to pictures (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(f_hat_BDhw))
 
+    def _picture(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
+        """f_hat (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], in `decode_dtype`."""
+        faster = self.decode_dtype not in (None, self.dtype)
+        with torch.autocast(f_hat_BDhw.device.type, self.decode_dtype, enabled=faster):
+            return self.decode_latent(f_hat_BDhw).to(f_hat_BDhw.dtype).clamp(-1, 1)
+
     @torch.no_grad()
     def decode(self, visual_ids: torch.Tensor) -> torch.Tensor:
         """Visual tokens (B, T), or those of the first whole scales, to pictures (B, 3, H, W): one decoder pass."""
         *_, f_hat = self.quantize.accumulate(visual_ids)
-        return self.decode_latent(f_hat).clamp(-1, 1)
+        return self._picture(f_hat)
 
     @torch.no_grad()
     def decode_scales(self, visual_ids: torch.Tensor) -> torch.Tensor:
         """Visual tokens (B, T) to the picture after every scale (B, K, 3, H, W), coarse to fine."""
         f_hats = list(self.quantize.accumulate(visual_ids))
-        pictures = self.decode_latent(torch.cat(f_hats)).clamp(-1, 1)  # (K * B, 3, H, W), scale-major
+        pictures = self._picture(torch.cat(f_hats))  # (K * B, 3, H, W), scale-major
         return pictures.unflatten(0, (len(f_hats), -1)).transpose(0, 1)
 
     @torch.no_grad()

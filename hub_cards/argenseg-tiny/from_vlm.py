@@ -1,0 +1,110 @@
+"""Starting from a plain vision-language model: it gets the picture vocabulary and the parts that draw."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
+
+from .configuration_argenseg import ARGenSegConfig
+from .var_tokenizer import VARTokenizer
+
+
+class FromVLMMixin:
+    """`from_vlm` of `ARGenSegForConditionalGeneration`."""
+
+    @classmethod
+    def from_vlm(
+        cls,
+        vlm: "str | os.PathLike | PreTrainedModel | Any",
+        visual_tokenizer: "str | os.PathLike | VARTokenizer",
+        first_new_token_id: int | None = None,
+        **config_changes: Any,
+    ) -> Any:
+        """Start from a plain vision-language model: adds the picture vocabulary and the parts that draw.
+
+        The ids `<gen_start>`, `<gen_end>` and the codebook follow `first_new_token_id` in this order. New rows of
+        the embedding and the head start as the mean of the old ones, projector and embeddings of the queries at
+        zero (as released).
+
+        Args:
+            vlm: path or Hub name of an image-text-to-text model, its configuration (random weights), or the model.
+            visual_tokenizer: path or Hub name of a VAR tokenizer, or the tokenizer itself.
+            first_new_token_id: id of `<gen_start>`; default: the size of the vocabulary as it is.
+            config_changes: further fields of `ARGenSegConfig`, such as `scale_attention="block"`.
+        """
+        base, head, generation_config = _load_vlm(vlm)
+        if not isinstance(visual_tokenizer, PreTrainedModel):
+            visual_tokenizer = AutoModel.from_pretrained(visual_tokenizer)
+        old_size = base.get_input_embeddings().weight.shape[0]
+        first = old_size if first_new_token_id is None else first_new_token_id
+        new_size = max(old_size, first + 2 + visual_tokenizer.config.vocab_size)
+        config = ARGenSegConfig(
+            vlm_config=copy.deepcopy(base.config),  # the vocabulary grows below, but not that of the caller's model
+            visual_tokenizer_config=copy.deepcopy(visual_tokenizer.config),
+            gen_start_token_id=first,
+            gen_end_token_id=first + 1,
+            visual_token_offset=first + 2,
+            tie_word_embeddings=base.config.tie_word_embeddings if head is None else False,
+            **config_changes,
+        )
+        config.text_config.vocab_size = new_size
+        model: Any = cls(config)  # type: ignore[call-arg]
+        model = model.to(base.dtype)
+        model.model.quantizer.float()
+        if generation_config is not None:
+            model.generation_config = copy.deepcopy(generation_config)
+        model._take_over(base, head, visual_tokenizer, first)
+        return model
+
+    @torch.no_grad()
+    def _take_over(
+        self, base: PreTrainedModel, head: torch.Tensor | None, visual_tokenizer: PreTrainedModel, first: int
+    ) -> None:
+        state = base.state_dict()
+        embedding_key = next(
+            k
+            for k in state
+            if state[k] is base.get_input_embeddings().weight
+            or state[k].data_ptr() == base.get_input_embeddings().weight.data_ptr()
+        )
+        state[embedding_key] = _with_mean_rows(state[embedding_key], first, self.lm_head.out_features)
+        self.model.vlm.load_state_dict(state)
+        if head is not None:
+            self.lm_head.weight.copy_(_with_mean_rows(head, first, self.lm_head.out_features))
+        self.tie_weights()
+        # of a deeper projector the last layer alone: if all were zero, none but its bias would ever get a gradient
+        for module in (self.model.generation_projector[-1], self.model.scale_embedding, self.model.position_embedding):
+            for parameter in module.parameters():
+                parameter.zero_()
+        self.set_visual_tokenizer(visual_tokenizer)
+
+    def set_visual_tokenizer(self, visual_tokenizer: PreTrainedModel) -> None:
+        """Copies the codebook and the phi convolutions of a VAR tokenizer into the frozen quantizer."""
+        self.model.quantizer.load_state_dict(visual_tokenizer.quantize.state_dict())
+
+
+def _load_vlm(vlm: Any) -> tuple[PreTrainedModel, torch.Tensor | None, GenerationConfig | None]:
+    """The base model, the weight of its head (None: no head of its own) and how it generates."""
+    from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+    if isinstance(vlm, (str, os.PathLike)):
+        vlm = AutoModelForImageTextToText.from_pretrained(vlm)
+    elif isinstance(vlm, PreTrainedConfig):
+        vlm = AutoModelForImageTextToText.from_config(vlm)
+    base = vlm.base_model
+    head = vlm.get_output_embeddings()
+    tied = head is not None and head.weight is base.get_input_embeddings().weight
+    return base, None if head is None or tied else head.weight, vlm.generation_config
+
+
+def _with_mean_rows(old: torch.Tensor, first: int, size: int) -> torch.Tensor:
+    """`old` (V, hidden) grown to `size` rows; the rows from `first` on are the mean of those before it."""
+    new = old.new_empty(size, old.shape[1])
+    new[: old.shape[0]] = old[:size]
+    new[first:] = old[:first].float().mean(0).to(old.dtype)
+    return new
+
+
+__all__ = ["FromVLMMixin"]
