@@ -83,10 +83,11 @@ class MultiScaleQuantizer(nn.Module):
     def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
         """What the tokens (B, p_k^2) of one scale add to f_hat: (B, D, h, w)."""
         side = self.patch_nums[scale]
-        h_BDpp = self.embedding(ids_Bl).transpose(1, 2).unflatten(2, (side, side))
-        if side != self.side:
-            h_BDpp = F.interpolate(h_BDpp, size=(self.side, self.side), mode="bicubic")
-        return self.quant_resi(h_BDpp, scale)
+        with torch.autocast(ids_Bl.device.type, enabled=False):
+            h_BDpp = self.embedding(ids_Bl).transpose(1, 2).unflatten(2, (side, side))
+            if side != self.side:
+                h_BDpp = F.interpolate(h_BDpp, size=(self.side, self.side), mode="bicubic")
+            return self.quant_resi(h_BDpp, scale)
 
     def split(self, ids_BT: torch.Tensor) -> list[torch.Tensor]:
         """Tokens of each scale. Accepts the tokens of the first scales only, if they are whole.
@@ -110,11 +111,10 @@ class MultiScaleQuantizer(nn.Module):
 
     def accumulate(self, ids_BT: torch.Tensor) -> Iterator[torch.Tensor]:
         """f_hat (B, D, h, w) after each scale that `ids_BT` holds."""
-        with torch.autocast(ids_BT.device.type, enabled=False):
-            f_hat = 0.0
-            for scale, ids_Bl in enumerate(self.split(ids_BT)):
-                f_hat = f_hat + self.contribution(ids_Bl, scale)
-                yield f_hat
+        f_hat = 0.0
+        for scale, ids_Bl in enumerate(self.split(ids_BT)):
+            f_hat = f_hat + self.contribution(ids_Bl, scale)
+            yield f_hat
 
     def query_features(self, f_hat_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
         """Features (B, p_k^2, D) of the queries of `scale`, from the f_hat of the scales before it."""

@@ -11,26 +11,48 @@ class DrawingTrainer(Trainer):
     """Subclasses say in `evaluate_drawing` what is drawn and measured.
 
     A batch may hold `image_index` (B,): which of the images in `pixel_values` each row is about; each image is then
-    read once, however many rows ask about it. Without it there is one image for each row.
+    read once, however many rows ask about it. Without it there is one image for each row. It may also hold, under
+    `words`, rows of another length that draw nothing, on the same images; the loss is that of one batch with all rows.
     """
 
     def evaluate_drawing(self) -> dict[str, float]:
         raise NotImplementedError
 
+    def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """A loss on image features, to be added; takes what it needs out of `inputs`."""
+        return None
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        index = inputs.pop("image_index", None)
-        if index is not None:
-            image = model.get_image_features(inputs.pop("pixel_values"))
-            image.pooler_output = image.pooler_output[index]
-            inputs["mm_encoder_outputs"] = {"image": image}
-        answers = torch.nn.functional.pad(inputs["labels"][:, 1:] != -100, (0, 1))  # the head runs only there
-        outputs = model(**inputs, logits_to_keep=answers)
+        with self.accelerator.autocast():  # which otherwise covers `model.forward` alone
+            parts, extra = [inputs], None
+            if "image_index" in inputs:
+                image = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+                extra = self.extra_loss(model, image, inputs)
+                parts = [inputs, inputs.pop("words")] if "words" in inputs else [inputs]
+                parts = [about(image, part) for part in parts]
+            for part in parts:  # the head runs only at answers; a cache would be filled for nothing
+                part["use_cache"] = False
+                part["logits_to_keep"] = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
+            outputs = [model(**part) for part in parts]
+            loss, text_loss = self.whole_loss(outputs, parts)
+            logged = {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
+            if extra is not None:
+                loss, logged["word_region_loss"] = loss + extra, extra
         if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
-            self._parts = {
-                "text_loss": round(float(outputs.text_loss.detach()), 4),
-                "visual_loss": round(float(outputs.visual_loss.detach()), 4),
-            }
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            self._parts = {name: round(float(value.detach()), 4) for name, value in logged.items()}
+        outputs[0].loss = loss
+        return (loss, outputs[0]) if return_outputs else loss
+
+    def whole_loss(self, outputs: list[Any], parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and text loss of all parts, the first of which may draw: text labels count alike wherever they are."""
+        first = outputs[0]
+        if len(outputs) == 1:
+            return first.loss, first.text_loss
+        config = self.accelerator.unwrap_model(self.model).config
+        labels = [part["labels"][:, 1:] for part in parts]
+        counts = [((one != -100) & ~config.is_visual(one)).sum() for one in labels]
+        text = sum(out.text_loss * count for out, count in zip(outputs, counts, strict=True)) / sum(counts).clamp(min=1)
+        return text + config.visual_loss_weight * first.visual_loss, text
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -44,3 +66,10 @@ class DrawingTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def about(image: Any, part: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of a part of a batch, with the features of the image that each of its rows is about."""
+    part = dict(part)
+    own = type(image)(pooler_output=image.pooler_output[part.pop("image_index")])
+    return part | {"mm_encoder_outputs": {"image": own}}

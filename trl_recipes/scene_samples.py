@@ -1,82 +1,155 @@
-"""Composed scenes as training samples: one image, several requests, each answered by a mask or by words."""
+"""Composed scenes as training samples: one image, several requests, each answered by a mask or by words.
+
+Masks travel as bits and become visual tokens in batches, where the model is (`PictureEncoder`): a data loader's workers
+only compose. The streams are those of the processor, picture by picture and word by word.
+"""
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
+from transformers import BatchFeature
 
 from processing import ARGenSegProcessor
 
 from .scenes import SceneDataset
+from .word_regions import WordList
 
 ABSENT = "There is no {thing}."
+PROMPT, ANSWER = "\x02prompt\x02", "\x02answer\x02"
 
 
-def scene_conversation(processor: ARGenSegProcessor, image: Any, expression: dict[str, Any]) -> list[dict[str, Any]]:
-    """Request and answer: the mask, or for a thing that is not there words that say so, and no picture."""
-    if expression["kind"] != "none":
-        return processor.build_segmentation_conversation(image, expression["text"], expression["mask"])
-    answer = {"type": "text", "text": ABSENT.format(thing=expression["missing"])}
-    return processor.build_segmentation_conversation(image, expression["text"]) + [
-        {"role": "assistant", "content": [answer]}
-    ]
+def scene_turns(processor: ARGenSegProcessor, expression: dict[str, Any]) -> tuple[str, str]:
+    """Request and answer; the answer holds the processor's mask marker, or says that the thing is not there."""
+    prompt = processor.segmentation_prompt.format(prompt=expression["text"])
+    if expression["kind"] == "none":
+        return prompt, ABSENT.format(thing=expression["missing"])
+    return prompt, processor.segmentation_answer.format(mask=processor.mask_marker)
 
 
-def question_conversation(image: Any, question: dict[str, Any]) -> list[dict[str, Any]]:
-    """A question about the image and its answer in words."""
-    asked = [{"type": "image", "image": image}, {"type": "text", "text": question["text"]}]
-    answer = [{"type": "text", "text": question["answer"]}]
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+class StreamWriter:
+    """Streams of one image, one request and one answer, with code 0 in place of every visual token.
+
+    They are what the processor makes of the same conversation, but for the codes; the processor's own way would make
+    text of 341 tokens, and tokens of that text again, for each mask.
+    """
+
+    def __init__(self, processor: ARGenSegProcessor) -> None:
+        self.processor = processor
+        user = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        asked: list[dict[str, Any]] = [{"role": "user", "content": user}]
+        answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}]
+        before = processor.apply_chat_template(asked, add_generation_prompt=True)
+        whole = processor.apply_chat_template(answered)
+        image_head, image_tail = before.split(processor.image_token)
+        self.tail, self.middle = image_tail.split(PROMPT)
+        self.end = whole[len(before) :].split(ANSWER)[1]
+        self.head = self._ids([image_head])[0] + [processor.image_token_id] * processor.image_seq_length
+        self.picture = [processor.gen_start_token_id]
+        self.picture += [processor.visual_token_offset] * (processor.num_visual_tokens or 0)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def __call__(self, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """(request, answer) pairs to `{"input_ids", "labels", "draws"}`; labels are -100 up to the answer."""
+        texts = []
+        for prompt, answer in turns:
+            before, _, after = answer.partition(self.processor.mask_marker)
+            texts += [self.tail + prompt + self.middle, before, after + self.end]
+        ids, rows = self._ids(texts), []
+        eos = self.processor.tokenizer.eos_token_id
+        for index, (_, answer) in enumerate(turns):
+            prompt_ids, before_ids, after_ids = ids[3 * index : 3 * index + 3]
+            draws = self.processor.mask_marker in answer
+            asked = self.head + prompt_ids
+            answered = before_ids + (self.picture if draws else []) + after_ids
+            learned = len(answered) - answered[::-1].index(eos)  # what follows the end of the turn is the template's
+            labels = [-100] * len(asked) + answered[:learned] + [-100] * (len(answered) - learned)
+            rows.append({"input_ids": asked + answered, "labels": labels, "draws": draws})
+        return rows
 
 
 class SceneSamples(Dataset):
-    """`ds[i]` -> `pixel_values` (3, H, W) of scene i, and `input_ids` and `labels`, a list with one for each request
-    and question.
+    """`ds[i]` -> scene i: `image` (3, H, W) uint8, `masks` (M, H, W / 8) uint8 bits, `rows`, one for each request and
+    question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell.
 
-    Labels are -100 up to the answer. The image stands once, however many requests there are; see `SceneCollator`.
+    The image stands once, however many requests there are; see `SceneCollator`.
     """
 
-    def __init__(self, scenes: SceneDataset, processor: ARGenSegProcessor) -> None:
-        self.scenes, self.processor = scenes, processor
+    def __init__(self, scenes: SceneDataset, processor: ARGenSegProcessor, words: WordList | None = None) -> None:
+        self.scenes, self.processor, self.words = scenes, processor, words
+        self.writer = StreamWriter(processor)
+        size = processor.image_processor.size
+        self.image_size = (size["width"], size["height"])
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = self.scenes[index]
-        conversations = [scene_conversation(self.processor, scene["image"], e) for e in scene["expressions"]]
-        conversations += [question_conversation(scene["image"], q) for q in scene["questions"]]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": False, "return_tensors": None},
-        )
-        ids = [torch.tensor(row) for row in inputs["input_ids"]]
-        answers = [torch.tensor(row, dtype=torch.bool) for row in inputs["assistant_masks"]]
-        labels = [row.masked_fill(~answer, -100) for row, answer in zip(ids, answers, strict=True)]
-        return {"pixel_values": torch.as_tensor(inputs["pixel_values"][0]), "input_ids": ids, "labels": labels}
+        scene, expressions = self.scenes.scene(index)
+        masks = [scene.mask(one.object_ids) for one in expressions if one.kind != "none"]
+        turns = [scene_turns(self.processor, vars(one)) for one in expressions]
+        turns += [(one.text, one.answer) for one in self.scenes.questions(index, scene)]
+        rows = sorted(self.writer(turns), key=lambda row: not row["draws"])  # stable
+        image = scene.image
+        if image.size != self.image_size:
+            image = image.resize(self.image_size, Image.Resampling.BICUBIC)
+        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows}
+        if masks:
+            sample["masks"] = np.packbits(np.stack(masks), axis=-1)
+        if self.words is not None:
+            sample["words"] = self.words.of_cells(scene)
+        return sample
 
 
 class SceneCollator:
-    """Batches scenes: streams are padded on the right, `image_index` says which image belongs to each.
+    """Batches scenes: `pixel_values` (S, 3, H, W) uint8, the streams that draw, `masks` (B, H, W / 8), one for each of
+    them, and under `words` the streams that do not, which are shorter. `image_index` says which image a stream has.
 
-    Lengths are rounded up to a multiple of 16: kernels are chosen once for each shape.
+    Streams are padded on the right, their lengths rounded up to `multiple_of`, their number to `rows_multiple` by
+    repeating the first without labels: kernels are chosen, or compiled, once for each shape. `PictureEncoder` makes
+    model inputs of it.
     """
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 16) -> None:
-        self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
+    def __init__(self, pad_token_id: int, multiple_of: int = 16, rows_multiple: int = 1) -> None:
+        self.pad_token_id, self.multiple_of, self.rows_multiple = pad_token_id, multiple_of, rows_multiple
 
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids = [row for sample in samples for row in sample["input_ids"]]
-        labels = [row for sample in samples for row in sample["labels"]]
-        index = [i for i, sample in enumerate(samples) for _ in sample["input_ids"]]
-        return {
-            "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-            "image_index": torch.tensor(index),
-            **pad_streams(ids, labels, self.pad_token_id, self.multiple_of),
-        }
+    def streams(self, samples: list[dict[str, Any]], draws: bool) -> dict[str, torch.Tensor] | None:
+        found = [(i, row) for i, sample in enumerate(samples) for row in sample["rows"] if row["draws"] == draws]
+        if not found:
+            return None
+        index = self.filled_up(torch.tensor([i for i, _ in found]))
+        ids, labels = ([torch.tensor(row[name]) for _, row in found] for name in ("input_ids", "labels"))
+        streams = pad_streams(ids, labels, self.pad_token_id, self.multiple_of)
+        streams = {name: self.filled_up(rows) for name, rows in streams.items()}
+        streams["labels"][len(found) :] = -100
+        return {"image_index": index, **streams}
+
+    def filled_up(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows, and the first of them again up to a whole multiple."""
+        wanted = -(-len(rows) // self.rows_multiple) * self.rows_multiple
+        return rows[torch.arange(wanted) % len(rows)]
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {"pixel_values": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
+        drawing, talking = self.streams(samples, draws=True), self.streams(samples, draws=False)
+        if drawing is not None:
+            masks = np.concatenate([sample["masks"] for sample in samples if "masks" in sample])
+            batch |= drawing | {"masks": self.filled_up(torch.from_numpy(masks))}
+            if talking is not None:
+                batch["words"] = talking
+        elif talking is not None:
+            batch |= talking
+        if "words" in samples[0]:
+            for name in samples[0]["words"]:
+                stacked = np.stack([sample["words"][name] for sample in samples])
+                batch[f"cell_{name}"] = torch.from_numpy(stacked)
+        return batch
 
 
 def pad_streams(
@@ -93,3 +166,58 @@ def pad_streams(
         "attention_mask": pad([torch.ones_like(row) for row in ids], 0),
         "labels": pad(labels, -100),
     }
+
+
+class PictureEncoder(nn.Module):
+    """What the processor does to images and masks, for whole batches on the device of the model."""
+
+    def __init__(self, processor: ARGenSegProcessor) -> None:
+        super().__init__()
+        visual_tokenizer: Any = processor.visual_tokenizer
+        self.visual_tokenizer = visual_tokenizer.eval().requires_grad_(False)
+        self.offset, self.count = processor.visual_token_offset, processor.num_visual_tokens
+        self.sizes = processor.mask_resize_sizes or [visual_tokenizer.config.image_size]
+        images = processor.image_processor
+        self.register_buffer("mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(images.image_std).view(3, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Normalises `pixel_values`, and writes the tokens of `masks` into `input_ids` and `labels`."""
+        batch = dict(batch)
+        batch["pixel_values"] = (batch["pixel_values"].float() - self.mean) / self.std
+        masks = batch.pop("masks", None)
+        if masks is not None:
+            ids = self.encode(masks) + self.offset
+            for name in ("input_ids", "labels"):
+                places = batch[name] >= self.offset
+                batch[name] = batch[name].masked_scatter(places, ids)
+        return batch
+
+    def encode(self, bits: torch.Tensor) -> torch.Tensor:
+        """Masks (M, H, W / 8) as bits to codebook indices (M, T)."""
+        shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+        pictures = ((bits[..., None] >> shifts) & 1).flatten(-2)[:, None].float()  # (M, 1, H, W)
+        for side in self.sizes:
+            pictures = F.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True)
+            pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
+        channels = self.visual_tokenizer.config.num_channels
+        with torch.autocast(bits.device.type, enabled=False):
+            ids = self.visual_tokenizer.encode((2 * pictures - 1).expand(-1, channels, -1, -1))
+        return ids[:, : self.count]
+
+
+def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder: PictureEncoder) -> BatchFeature:
+    """A batch as any model takes it: all streams in one, and an image for each."""
+    batch = encoder(collator(samples))
+    index = batch.pop("image_index")
+    words = batch.pop("words", None)
+    if words is not None:
+        length = max(words["input_ids"].shape[1], batch["input_ids"].shape[1])
+        fill = {"input_ids": collator.pad_token_id, "attention_mask": 0, "labels": -100}
+        for name, value in fill.items():
+            both = [F.pad(one[name], (0, length - one[name].shape[1]), value=value) for one in (batch, words)]
+            batch[name] = torch.cat(both)
+        index = torch.cat([index, words["image_index"]])
+    batch["pixel_values"] = batch["pixel_values"][index]
+    return BatchFeature({name: value for name, value in batch.items() if not name.startswith("cell_")})

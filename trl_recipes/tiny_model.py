@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, GenerationConfig, GotOcr2ImageProcessorPil, LlamaConfig
+from transformers import AutoModel, AutoTokenizer, GenerationConfig, GotOcr2ImageProcessorPil, LlamaConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_argenseg import (
@@ -19,14 +19,33 @@ from processing import ARGenSegProcessor
 from .pretrained_vision import load_efficientnet_lite0
 from .scenes import SceneDataset
 from .text_tokenizer import VISUAL_TOKEN, train_text_tokenizer
+from .word_regions import token_side
+
+IMAGE_SIDE, PATCH = 256, 16  # of the vision tower
 
 
 def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
-    """A text tokenizer trained on the recipe's own conversations, and the image geometry of the small model."""
+    """A text tokenizer trained on the recipe's own conversations, and the image geometry of the small model.
+
+    Raises:
+        ValueError: the text tokenizer that the recipe names is for another codebook.
+    """
     visual_tokenizer = AutoModel.from_pretrained(recipe.visual_tokenizer, dtype=torch.float32)
     image_processor = GotOcr2ImageProcessorPil(
-        size={"height": 256, "width": 256}, image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD
+        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
     )
+    if recipe.text_tokenizer is None:
+        lines, codes = conversation_lines(recipe, scenes), visual_tokenizer.config.vocab_size
+        tokenizer = train_text_tokenizer(lines, recipe.text_vocab_size, codes, context=2048)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.text_tokenizer)
+    return ARGenSegProcessor(image_processor, tokenizer, visual_tokenizer, image_seq_length=recipe.image_tokens)
+
+
+def conversation_lines(recipe: Any, scenes: SceneDataset) -> list[str]:
+    """What is said about the first scenes."""
     lines = ["Please segment {prompt} in this image.", "Sure, the segmentation result: ", "user\n", "assistant\n", "."]
     for index in tqdm(range(recipe.text_scenes), desc="reading expressions"):
         scene, expressions = scenes.scene(index)
@@ -34,8 +53,7 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
             lines.append(f"Please segment {expression.text} in this image.")
             lines.append(f"There is no {expression.missing or expression.text}.")
         lines += [line for question in scenes.questions(index, scene) for line in (question.text, question.answer)]
-    tokenizer = train_text_tokenizer(lines, recipe.text_vocab_size, visual_tokenizer.config.vocab_size, context=2048)
-    return ARGenSegProcessor(image_processor, tokenizer, visual_tokenizer, image_seq_length=64)
+    return lines
 
 
 def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditionalGeneration:
@@ -43,7 +61,11 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
     visual_tokenizer: Any = processor.visual_tokenizer
     width = recipe.hidden_size
     vision = EfficientNetLiteVisionConfig(
-        hidden_size=width, num_hidden_layers=recipe.vision_layers, intermediate_size=2 * width
+        hidden_size=width,
+        num_hidden_layers=recipe.vision_layers,
+        intermediate_size=2 * width,
+        feature_strides=recipe.feature_strides,
+        freeze_trunk=recipe.freeze_trunk,
     )
     text = LlamaConfig(
         vocab_size=len(processor.tokenizer),
@@ -55,9 +77,17 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         pad_token_id=processor.tokenizer.pad_token_id,
         eos_token_id=processor.tokenizer.eos_token_id,
         bos_token_id=None,
+        # half of the dimensions hardly turn within one stream: attention finds a cell by its code of place, and a
+        # thing by its name, wherever the words stand
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
     )
     vlm = HybridInternVLConfig(
-        vision_config=vision, text_config=text, image_token_id=processor.image_token_id, image_seq_length=64
+        vision_config=vision,
+        text_config=text,
+        image_token_id=processor.image_token_id,
+        image_seq_length=recipe.image_tokens,
+        downsample_ratio=token_side(recipe.image_tokens) / (IMAGE_SIDE // PATCH),
     )
     config = ARGenSegConfig(
         vlm_config=vlm,
@@ -67,6 +97,8 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         visual_token_offset=processor.visual_token_offset,
         scale_attention=recipe.scale_attention,
         visual_loss=recipe.visual_loss,
+        visual_loss_weight=recipe.visual_loss_weight,
+        tie_word_embeddings=True,
     )
     model = ARGenSegForConditionalGeneration(config)
     load_efficientnet_lite0(model.model.vlm.vision_tower)

@@ -10,12 +10,14 @@ times faster. The second goes on from it with all scales. A killed run goes on f
 command is given again; `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
 """
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 
 from modeling_argenseg import (
     ARGenSegForConditionalGeneration,
@@ -24,10 +26,12 @@ from processing import ARGenSegProcessor
 
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
+from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
-from .scene_samples import SceneCollator, SceneSamples
+from .scene_samples import PictureEncoder, SceneCollator, SceneSamples
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor
+from .word_regions import WordList, WordRegions, token_side
 
 
 @dataclass
@@ -37,7 +41,10 @@ class SceneArguments:
     start_from: str | None = field(default=None, metadata={"help": "model folder to go on from; default: from scratch"})
     num_scales: int | None = field(default=None, metadata={"help": "draw only the first scales; default: all"})
     schedule: list[str] = field(
-        default_factory=lambda: ["easy", "medium", "full"], metadata={"help": "presets, in equal parts of the run"}
+        default_factory=lambda: ["easy", "medium", "full"],
+        metadata={
+            "help": "presets, in equal parts of the run; joined by + (easy+full) they take turns, scene by scene"
+        },
     )
     expressions_per_scene: int = field(default=4, metadata={"help": "requests for each image"})
     questions_per_scene: int = field(default=2, metadata={"help": "most questions answered in words for each image"})
@@ -46,22 +53,116 @@ class SceneArguments:
     overfit: int = field(default=0, metadata={"help": "train and evaluate on this many fixed expressions"})
     scale_attention: str = field(default="block", metadata={"help": "causal or block"})
     visual_loss: str = field(default="scale", metadata={"help": "token or scale"})
+    visual_loss_weight: float = field(default=1.0, metadata={"help": "factor on the loss of the visual tokens"})
+    word_region_weight: float = field(
+        default=0.3,
+        metadata={"help": "factor on the loss that brings image features near the words for what they show"},
+    )
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})
     vision_layers: int = field(default=2, metadata={"help": "transformer layers on the vision trunk"})
+    image_tokens: int = field(default=256, metadata={"help": "tokens of an image in the stream: 256 or 64"})
+    feature_strides: list[int] = field(
+        default_factory=lambda: [4, 8, 16, 32], metadata={"help": "features of the vision trunk that make the tokens"}
+    )
+    freeze_trunk: bool = field(default=False, metadata={"help": "keep the vision trunk's ImageNet weights as they are"})
+    trunk_lr_scale: float = field(
+        default=0.1, metadata={"help": "learning rate of the vision trunk, times the others'"}
+    )
     text_vocab_size: int = field(default=2000, metadata={"help": "size of the text vocabulary"})
+    text_tokenizer: str | None = field(
+        default=None, metadata={"help": "folder of a text tokenizer of an earlier run, in place of learning one"}
+    )
     text_scenes: int = field(default=4000, metadata={"help": "scenes whose expressions the text tokenizer learns from"})
+    minutes: float | None = field(
+        default=None,
+        metadata={"help": "end the run, its learning rate at zero, after so long, if max_steps comes later"},
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={"help": "compile the transformer layers: half a minute, then steps are faster on a GPU"},
+    )
+    length_multiple: int = field(default=16, metadata={"help": "streams are padded to a multiple of this length"})
+    rows_multiple: int = field(
+        default=1, metadata={"help": "batches are filled up to a multiple of so many streams: compiled layers need it"}
+    )
+
+
+class Clock(TrainerCallback):
+    """Stops a run in time. `progress(step)` is how much of it is over, by steps or by time, whichever is further."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = None if minutes is None else 60 * minutes
+        self.begin = time.monotonic()
+
+    def progress(self, step: int, steps: int) -> float:
+        over = step / max(steps, 1)
+        if self.seconds is not None:
+            over = max(over, (time.monotonic() - self.begin) / self.seconds)
+        return min(over, 1.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.begin = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.progress(state.global_step, state.max_steps) >= 1.0:
+            control.should_training_stop = True
 
 
 class SceneTrainer(DrawingTrainer):
-    """Evaluates by drawing the requests of validation scenes."""
+    """Makes tokens of masks in batches, has an optimizer for training from scratch, and evaluates by drawing the
+    requests of validation scenes."""
 
-    def __init__(self, *args: Any, processor: ARGenSegProcessor, validation: FlatExpressions, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        processor: ARGenSegProcessor,
+        validation: FlatExpressions,
+        recipe: SceneArguments,
+        words: WordList | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.processor, self.validation = processor, validation
+        self.processor, self.validation, self.recipe = processor, validation, recipe
+        self.encoder = PictureEncoder(processor).to(self.args.device)
+        self.word_regions = None
+        if words is not None and recipe.word_region_weight > 0:
+            self.word_regions = WordRegions(words, processor.tokenizer).to(self.args.device)
+        self.clock = Clock(recipe.minutes)
+        self.add_callback(self.clock)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = (self.model if model is None else model).named_parameters()
+            self.optimizer = muon_and_adamw(
+                named, self.args.learning_rate, self.args.weight_decay, self.recipe.trunk_lr_scale
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Up in `warmup_steps`, then down to zero in a straight line, at the end of the run."""
+        warm_up = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            return min((step + 1) / (warm_up + 1), 1.0) * (1.0 - self.clock.progress(step, num_training_steps))
+
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, self.encoder(inputs), return_outputs, **kwargs)
+
+    def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+        cells = {name: inputs.pop(f"cell_{name}", None) for name in ("nouns", "colors")}
+        if self.word_regions is None:
+            return None
+        embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
+        return self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
 
     def evaluate_drawing(self) -> dict[str, float]:
-        return evaluate_expressions(self.model, self.processor, self.validation)
+        with torch.compiler.set_stance("force_eager"):  # drawing has many shapes: each would be compiled
+            return evaluate_expressions(self.model, self.processor, self.validation)
 
 
 class Repeated(torch.utils.data.Dataset):
@@ -108,6 +209,8 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)
     bank = SceneBank.from_folder(recipe.bank, "train")
+    if training.dataloader_num_workers:
+        bank.preload()  # once, for all workers
     total = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     length, stages = max(total, recipe.text_scenes), curriculum(recipe.schedule, total)
     per_scene = recipe.expressions_per_scene
@@ -115,7 +218,10 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     model, processor = load_or_build(recipe, scenes)
     # on a CPU the backward pass of sdpa costs a third of a step more than that of plain attention
     model.model.language_model.set_attn_implementation("eager" if training.use_cpu else "sdpa")
-    samples: Any = SceneSamples(scenes, processor)
+    if recipe.compile_layers:
+        compile_layers(model)
+    words = WordList(bank, token_side(processor.image_seq_length)) if recipe.word_region_weight > 0 else None
+    samples: Any = SceneSamples(scenes, processor, words)
     if recipe.overfit:
         validation = flat_expressions(scenes, recipe.overfit)
         samples = Repeated(samples, -(-recipe.overfit // per_scene))
@@ -128,14 +234,24 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         args=training,
         train_dataset=samples,
         eval_dataset=samples,  # evaluation draws masks for `validation`
-        data_collator=SceneCollator(processor.tokenizer.pad_token_id),
+        data_collator=SceneCollator(processor.tokenizer.pad_token_id, recipe.length_multiple, recipe.rows_multiple),
         processor=processor,
         validation=validation,
+        recipe=recipe,
+        words=words,
     )
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.save_model(output)
+    trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     processor.save_pretrained(output)
+
+
+def compile_layers(model: ARGenSegForConditionalGeneration) -> None:
+    """Compiles each transformer layer by itself: layers of one kind share the result."""
+    tower = model.model.vlm.vision_tower
+    for layer in (*model.model.language_model.layers, *tower.layers):
+        layer.compile(dynamic=False)
 
 
 def make_parser() -> HfArgumentParser:

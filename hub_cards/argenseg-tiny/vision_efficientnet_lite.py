@@ -46,6 +46,9 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         patch_size: pixels between neighbouring tokens. The trunk must go down to twice that stride: tokens are made
             of the features at `patch_size` and of the up-sampled features at `2 * patch_size`.
         image_size: pixels; must be divisible by `2 * patch_size`.
+        feature_strides: strides of the trunk whose features make the tokens. Those coarser than `patch_size` are
+            up-sampled, those finer folded (all cells below a token side by side), so that a token knows where in
+            its patch an edge lies.
         freeze_trunk: run the trunk without gradients, in evaluation mode, and mark its parameters as not trainable.
         use_mean_pooling: return the mean token as `pooler_output` (otherwise `None`).
     """
@@ -71,6 +74,7 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         (5, 2, 6, 192, 4),
         (3, 1, 6, 320, 1),
     )
+    feature_strides: list[int] | tuple[int, ...] = (16, 32)
     freeze_trunk: bool = True
 
     def __post_init__(self, **kwargs):
@@ -81,6 +85,10 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         total_stride = 2 * prod(stage[1] for stage in self.stages)
         if any(2 * size != total_stride for size in self.patch_size):
             raise ValueError(f"patch_size must be half of the trunk's stride {total_stride}, got {self.patch_size}")
+        self.feature_strides = list(self.feature_strides)
+        strides = [2**power for power in range(1, total_stride.bit_length())]
+        if not self.feature_strides or not set(self.feature_strides) <= set(strides):
+            raise ValueError(f"feature_strides must be some of the trunk's {strides}, got {self.feature_strides}")
         if any(size % total_stride for size in self.image_size):
             raise ValueError(f"image_size must be divisible by {total_stride}, got {self.image_size}")
 
@@ -131,34 +139,35 @@ class EfficientNetLiteBlock(nn.Module):
 
 
 class EfficientNetLiteTrunk(nn.Module):
-    """The convolutions up to, and without, the classifier's head. Returns the features of the last two strides.
+    """The convolutions up to, and without, the classifier's head. Returns the last features of each stride asked for.
 
-    Shapes: (B, 3, H, W) -> (B, C_fine, H / 16, W / 16), (B, C_coarse, H / 32, W / 32) for the default stages.
+    Shapes: (B, 3, H, W) -> (B, C_s, H / s, W / s) for every s of `config.feature_strides`, in their order;
+    `out_channels` has the C_s.
     """
 
     def __init__(self, config: EfficientNetLiteVisionConfig):
         super().__init__()
         channels = config.stem_channels
         self.stem = EfficientNetLiteConv2d(config.num_channels, channels, 3, stride=2)
-        blocks, widths = [], []
+        blocks, at_stride, stride = [], {2: (0, channels)}, 2  # stride -> (blocks before its last features, channels)
         for kernel, stage_stride, expansion, width, repeats in config.stages:
             for index in range(repeats):
-                stride = stage_stride if index == 0 else 1
-                blocks.append(EfficientNetLiteBlock(channels, width, kernel, stride, expansion))
-                widths.append(channels)  # what enters the block
-                channels = width
+                block_stride = stage_stride if index == 0 else 1
+                blocks.append(EfficientNetLiteBlock(channels, width, kernel, block_stride, expansion))
+                stride, channels = stride * block_stride, width
+                at_stride[stride] = (len(blocks), channels)
         self.blocks = nn.ModuleList(blocks)
-        self.last_reduction = max(i for i, block in enumerate(blocks) if block.stride == 2)
-        self.out_channels = (widths[self.last_reduction], channels)  # fine, coarse
+        self.depths = [at_stride[one][0] for one in config.feature_strides]
+        self.out_channels = tuple(at_stride[one][1] for one in config.feature_strides)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden_states = self.stem(pixel_values)
-        fine = hidden_states
-        for index, block in enumerate(self.blocks):
-            if index == self.last_reduction:
-                fine = hidden_states
+        found = {0: hidden_states}
+        for depth, block in enumerate(self.blocks[: max(self.depths)], start=1):
             hidden_states = block(hidden_states)
-        return fine, hidden_states
+            if depth in self.depths:
+                found[depth] = hidden_states
+        return tuple(found[depth] for depth in self.depths)
 
 
 class EfficientNetLiteVisionPreTrainedModel(InternVLVisionPreTrainedModel):
@@ -194,9 +203,12 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
         super().__init__(config)
         self.grid_size = tuple(size // patch for size, patch in zip(config.image_size, config.patch_size, strict=True))
         self.trunk = EfficientNetLiteTrunk(config)
+        patch = min(config.patch_size)
+        folds = [max(patch // stride, 1) for stride in config.feature_strides]
+        width = sum(count * fold**2 for count, fold in zip(self.trunk.out_channels, folds, strict=True))
         # the pretrained features are large (standard deviation 3 to 7): unscaled they would drown the positions
-        self.feature_norm = nn.LayerNorm(sum(self.trunk.out_channels), eps=config.layer_norm_eps)
-        self.projection = nn.Linear(sum(self.trunk.out_channels), config.hidden_size)
+        self.feature_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(width, config.hidden_size)
         self.position_embeddings = None
         if config.use_absolute_position_embeddings:
             self.position_embeddings = nn.Parameter(torch.zeros(1, prod(self.grid_size), config.hidden_size))
@@ -224,14 +236,22 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
             raise ValueError(f"expected images of {self.config.image_size}, got {tuple(pixel_values.shape[-2:])}")
         pixel_values = pixel_values.to(self.trunk.stem.weight.dtype)
         with torch.no_grad() if self.config.freeze_trunk else nullcontext():
-            fine, coarse = self.trunk(pixel_values.contiguous(memory_format=torch.channels_last))
-            coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False)
-            features_BCHW = torch.cat((fine, coarse.to(fine.dtype)), dim=1)
+            found = self.trunk(pixel_values.contiguous(memory_format=torch.channels_last))
+            features_BCHW = torch.cat([self.to_grid(one) for one in found], dim=1)
         features_BNC = features_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
         embeddings_BND = self.projection(self.feature_norm(features_BNC))
         if self.position_embeddings is not None:
             embeddings_BND = embeddings_BND + self.position_embeddings
         return self.dropout(embeddings_BND)
+
+    def to_grid(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, h, w) of any stride on the tokens' grid: (B, C', H / 16, W / 16)."""
+        fold = features.shape[-1] // self.grid_size[1]
+        if fold > 1:
+            return F.pixel_unshuffle(features, fold)
+        if fold == 1:
+            return features
+        return F.interpolate(features, size=self.grid_size, mode="bilinear", align_corners=False).to(features.dtype)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

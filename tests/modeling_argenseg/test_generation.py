@@ -65,6 +65,12 @@ class TestExact:
         for a, b in ((0, 1), (0, 2)):
             assert sum(x != y for x, y in zip(runs[a], runs[b], strict=True)) > T // 4
 
+    def test_pictures_are_drawn_under_autocast(self):
+        net = tiny.model()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = generate(net, left_padded([PROMPTS[0]]), [SURE, GEN_START], **images_of(0))
+        assert len(drawn(out.sequences[0, PROMPTS[0].shape[1] :].tolist())) == T
+
     @every_attention
     def test_cached_logits_equal_teacher_forced_logits(self, scale_attention, attention):
         net = tiny.model(scale_attention=scale_attention, attention=attention)

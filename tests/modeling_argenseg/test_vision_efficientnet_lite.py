@@ -78,6 +78,31 @@ def test_default_config_is_lite0_with_256_tokens():
     assert model.position_embeddings.shape == (1, 256, 256)
 
 
+def test_features_of_any_stride_stand_on_the_grid_of_the_tokens():
+    model = tiny_model(feature_strides=[4, 8, 16, 32])
+    with torch.no_grad():
+        found = model.trunk(tiny_images())
+        grids = [model.to_grid(one) for one in found]
+        out = model(tiny_images()).last_hidden_state
+    assert [tuple(one.shape[1:]) for one in found] == [(6, 16, 16), (8, 8, 8), (12, 4, 4), (14, 2, 2)]
+    assert [tuple(one.shape[1:]) for one in grids] == [(96, 4, 4), (32, 4, 4), (12, 4, 4), (14, 4, 4)]
+    assert out.shape == (2, 16, 16)
+    corner = found[0][0, :, 12:, 4:8].flatten()  # the cells below the token in the last row, second column
+    assert torch.equal(grids[0][0, :, 3, 1], corner)
+    assert torch.equal(grids[2], found[2])
+
+
+def test_features_of_a_stride_that_the_trunk_has_not_are_refused():
+    with pytest.raises(ValueError, match="feature_strides"):
+        tiny_config(feature_strides=[16, 64])
+
+
+def test_a_trunk_that_is_not_frozen_gets_gradients():
+    model = tiny_model(freeze_trunk=False).train()
+    model(tiny_images()).last_hidden_state.sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in model.trunk.parameters())
+
+
 @pytest.mark.parametrize("bad", [{"image_size": 80}, {"patch_size": 8}, {"stages": [[3, 1, 1, 4]]}])
 def test_inconsistent_configs_are_refused(bad):
     with pytest.raises(ValueError):

@@ -32,11 +32,11 @@ def learned_folder(bank_folder: Path, tokenizer_folder: Path, tmp_path_factory: 
     training = tiny_scenes.training_arguments(
         folder,
         seed=tiny_scenes.SEED,
-        max_steps=60,
+        max_steps=160,
         learning_rate=8e-3,
         save_strategy="steps",
         eval_strategy="steps",
-        eval_steps=60,
+        eval_steps=160,
     )
     train_scenes.main(recipe, training)
     return folder

@@ -1,10 +1,39 @@
 """Composed scenes as token streams: labels, pictures and batches."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from trl_recipes.scene_samples import SceneCollator
+from trl_recipes.scene_samples import ABSENT, PictureEncoder, SceneCollator, SceneSamples, StreamWriter, model_inputs
+from trl_recipes.scenes import SceneDataset
+
+
+@pytest.fixture(scope="module")
+def collator(parts):
+    return SceneCollator(parts[1].tokenizer.pad_token_id)
+
+
+@pytest.fixture(scope="module")
+def encoder(parts):
+    return PictureEncoder(parts[1])
+
+
+@pytest.fixture(scope="module")
+def streams(samples, collator, encoder):
+    """The first scene's streams with their codes, those that draw first: ids and labels, without padding."""
+    batch = encoder(collator([samples[0]]))
+    found = []
+    for part in (batch, batch["words"]):
+        for ids, labels, there in zip(part["input_ids"], part["labels"], part["attention_mask"].bool(), strict=True):
+            found.append((ids[there], labels[there]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expressions(known_scenes):
+    """The first scene's requests in the order of its streams."""
+    return sorted(known_scenes[0]["expressions"], key=lambda one: one["kind"] == "none")
 
 
 def visual(processor, ids: torch.Tensor) -> torch.Tensor:
@@ -12,35 +41,64 @@ def visual(processor, ids: torch.Tensor) -> torch.Tensor:
     return ids[ids >= processor.visual_token_offset] - processor.visual_token_offset
 
 
-def test_labels_are_the_answer_and_nothing_else(parts, samples, known_scenes):
-    tokenizer, sample = parts[1].tokenizer, samples[0]
-    for expression, ids, labels in zip(
-        known_scenes[0]["expressions"], sample["input_ids"], sample["labels"], strict=True
-    ):
-        start = int((labels != -100).nonzero()[0])
-        end = start + int((labels != -100).sum())
-        assert torch.equal(labels[start:end], ids[start:end])
-        assert tokenizer.decode(ids[:start]).endswith(
-            f"segment {expression['text']} in this image.<|im_end|>\n<|im_start|>assistant\n"
-        )
-        assert tokenizer.decode(ids[end:]) == "\n"
-        answer = tokenizer.decode([token for token in ids[start:end] if "<visual" not in tokenizer.decode(token)])
-        drawn = "Sure, the segmentation result: <gen_start>.<|im_end|>"
-        assert answer == ("There is no egg.<|im_end|>" if expression["kind"] == "none" else drawn)
+def conversation(processor, image, expression):
+    """The request and its answer, as the processor takes them."""
+    if expression["kind"] != "none":
+        return processor.build_segmentation_conversation(image, expression["text"], expression["mask"])
+    answer = [{"type": "text", "text": ABSENT.format(thing=expression["missing"])}]
+    asked = processor.build_segmentation_conversation(image, expression["text"])
+    return [*asked, {"role": "assistant", "content": answer}]
 
 
-def test_a_sample_holds_a_picture_for_each_mask_and_none_for_what_is_missing(parts, samples, known_scenes):
+def test_streams_are_those_of_the_processor(parts, streams, known_scenes, expressions):
     processor = parts[1]
-    counts = [len(visual(processor, ids)) for ids in samples[0]["input_ids"]]
+    image = known_scenes[0]["image"]
+    inputs = processor.apply_chat_template(
+        [conversation(processor, image, one) for one in expressions],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": False, "return_tensors": None},
+    )
+    assert len(streams) == len(expressions) == 4
+    codes = []
+    for (ids, labels), row, answer in zip(streams, inputs["input_ids"], inputs["assistant_masks"], strict=True):
+        row, answer = torch.tensor(row), torch.tensor(answer, dtype=torch.bool)
+        drawn = row >= processor.visual_token_offset
+        assert torch.equal(ids[~drawn], row[~drawn]) and bool((ids[drawn] >= processor.visual_token_offset).all())
+        assert torch.equal(labels, ids.masked_fill(~answer, -100))
+        codes.append(ids[drawn] - row[drawn])
+    # resized on another path: a grey value between two codes, 8 bits apart, may fall on either side
+    apart = torch.cat(codes).abs()
+    assert int(apart.max()) <= 1 and float((apart > 0).float().mean()) < 0.03
+
+
+def test_images_are_those_of_the_processor(parts, samples, collator, encoder, known_scenes):
+    expected = parts[1].image_processor(known_scenes[0]["image"], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(encoder(collator([samples[0]]))["pixel_values"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_questions_are_streams_that_draw_nothing(parts, known_scenes):
+    scenes = SceneDataset(known_scenes.bank, known_scenes.config, known_scenes.seed, 4, 2, questions_per_scene=2)
+    rows, questions = SceneSamples(scenes, parts[1])[0]["rows"], scenes[0]["questions"]
+    assert questions
+    tokenizer, spoken = parts[1].tokenizer, [row for row in rows if not row["draws"]]
+    for question in questions:
+        row = next(one for one in spoken if question["text"] in tokenizer.decode(one["input_ids"]))
+        answer = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert answer == f"{question['answer']}<|im_end|>"
+
+
+def test_a_sample_holds_a_picture_for_each_mask_and_none_for_what_is_missing(parts, samples, streams, known_scenes):
+    processor = parts[1]
     assert [expression["kind"] for expression in known_scenes[0]["expressions"]].index("none") == 2
-    assert counts == [85, 85, 0, 85] and processor.num_visual_tokens == 85
+    assert [len(visual(processor, ids)) for ids, _ in streams] == [85, 85, 85, 0] and processor.num_visual_tokens == 85
+    assert samples[0]["masks"].shape == (3, 256, 32)
 
 
-def test_the_picture_in_the_stream_is_the_mask(parts, samples, known_scenes):
+def test_the_picture_in_the_stream_is_the_mask(parts, streams, expressions):
     processor = parts[1]
-    for expression, ids in zip(known_scenes[0]["expressions"], samples[0]["input_ids"], strict=True):
-        if expression["kind"] == "none":
-            continue
+    for expression, (ids, _) in zip(expressions[:3], streams[:3], strict=True):
         codes = visual(processor, ids)[None]
         (grey,), _ = processor.decode_masks(codes)
         squashed = np.asarray(Image.fromarray(np.uint8(expression["mask"]) * 255).resize((8, 8), Image.BICUBIC)) / 255
@@ -49,30 +107,58 @@ def test_the_picture_in_the_stream_is_the_mask(parts, samples, known_scenes):
         assert (mask & expression["mask"]).sum() / (mask | expression["mask"]).sum() > 0.75
 
 
-def test_fewer_scales_are_the_beginning_of_the_same_picture(parts, samples, known_scenes):
+def test_fewer_scales_are_the_beginning_of_the_same_picture(parts, known_scenes, streams, collator):
     processor = parts[1]
-    whole = visual(processor, samples[0]["input_ids"][0])
     processor.num_scales = 3
     try:
-        coarse = visual(processor, samples[0]["input_ids"][0])
+        sample = SceneSamples(known_scenes, processor)[0]
+        coarse = visual(processor, PictureEncoder(processor)(collator([sample]))["input_ids"][0])
     finally:
         processor.num_scales = None
-    assert torch.equal(coarse, whole[:21])
+    assert torch.equal(coarse, visual(processor, streams[0][0])[:21])
+
+
+def test_an_answer_without_an_end_is_no_training_sample(parts):
+    writer = StreamWriter(parts[1])
+    writer.end = "\n"
+    with pytest.raises(ValueError):
+        writer([("what is this?", "A disc.")])
 
 
 def test_the_collator_pads_on_the_right_and_says_whose_image(samples):
     pad = 9999
     batch = SceneCollator(pad)([samples[0], samples[1]])
-    rows = [*samples[0]["input_ids"], *samples[1]["input_ids"]]
-    labels = [*samples[0]["labels"], *samples[1]["labels"]]
-    longest = max(len(row) for row in rows)
-    width = batch["input_ids"].shape[1]
-    assert batch["pixel_values"].shape == (2, 3, 256, 256)
-    assert torch.equal(batch["pixel_values"][1], samples[1]["pixel_values"])
-    assert batch["image_index"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert width % 16 == 0 and longest <= width < longest + 16
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        size = len(row)
-        assert torch.equal(batch["input_ids"][i, :size], row) and (batch["input_ids"][i, size:] == pad).all()
-        assert torch.equal(batch["labels"][i, :size], label) and (batch["labels"][i, size:] == -100).all()
-        assert batch["attention_mask"][i].tolist() == [1] * size + [0] * (width - size)
+    assert batch["pixel_values"].shape == (2, 3, 256, 256) and batch["pixel_values"].dtype == torch.uint8
+    assert np.array_equal(batch["pixel_values"][1], samples[1]["image"])
+    seen = 0
+    for part, draws in ((batch, True), (batch["words"], False)):
+        found = [(i, row) for i in (0, 1) for row in samples[i]["rows"] if row["draws"] == draws]
+        assert part["image_index"].tolist() == [i for i, _ in found]
+        longest, width = max(len(row["input_ids"]) for _, row in found), part["input_ids"].shape[1]
+        assert width % 16 == 0 and longest <= width < longest + 16
+        for i, (_, row) in enumerate(found):
+            size = len(row["input_ids"])
+            assert part["input_ids"][i].tolist() == row["input_ids"] + [pad] * (width - size)
+            assert part["labels"][i].tolist() == row["labels"] + [-100] * (width - size)
+            assert part["attention_mask"][i].tolist() == [1] * size + [0] * (width - size)
+            seen += 1
+    assert seen == 8 and len(batch["masks"]) == len(batch["input_ids"])
+
+
+def test_one_batch_for_any_model_holds_all_streams(samples, collator, encoder):
+    batch = model_inputs([samples[0], samples[1]], collator, encoder)
+    parts = encoder(collator([samples[0], samples[1]]))
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 8
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    assert torch.equal(batch["input_ids"][: len(parts["input_ids"]), : parts["input_ids"].shape[1]], parts["input_ids"])
+
+
+def test_a_batch_is_filled_up_with_streams_that_teach_nothing(samples, encoder, parts):
+    pad = parts[1].tokenizer.pad_token_id
+    plain, filled = (encoder(SceneCollator(pad, 16, rows)([samples[0], samples[1]])) for rows in (1, 5))
+    for small, large in ((plain, filled), (plain["words"], filled["words"])):
+        count = len(small["labels"])
+        assert len(large["labels"]) % 5 == 0 and len(large["image_index"]) == len(large["input_ids"])
+        for name in ("input_ids", "labels", "attention_mask", "image_index"):
+            assert torch.equal(large[name][:count], small[name])
+        assert (large["labels"][count:] == -100).all() and torch.equal(large["input_ids"][count], small["input_ids"][0])

@@ -35,7 +35,7 @@ class SceneDataset(Dataset):
         expressions_per_scene: expressions per scene.
         questions_per_scene: most questions per scene.
         schedule: a curriculum of (first index, preset name) pairs: index i uses the last pair that begins at or
-            before i, and `config` as it is before the first pair.
+            before i, and `config` as it is before the first pair. Several presets joined by "+" take turns.
 
     Raises:
         ValueError: the schedule is not in ascending order or names an unknown preset.
@@ -60,7 +60,7 @@ class SceneDataset(Dataset):
         self._starts = [int(start) for start, _ in schedule]
         if any(after <= before for before, after in pairwise(self._starts)):
             raise ValueError(f"The schedule's first indices must ascend; got {self._starts}.")
-        self._configs = [self.config.with_preset(name) for _, name in schedule]
+        self._configs = [[self.config.with_preset(one) for one in name.split("+")] for _, name in schedule]
 
     def __len__(self) -> int:
         return self.length
@@ -68,7 +68,10 @@ class SceneDataset(Dataset):
     def config_at(self, index: int) -> SceneConfig:
         """The configuration that item `index` is composed with."""
         stage = bisect_right(self._starts, index) - 1
-        return self.config if stage < 0 else self._configs[stage]
+        if stage < 0:
+            return self.config
+        turns = self._configs[stage]
+        return turns[index % len(turns)]
 
     def scene(self, index: int) -> tuple[Scene, list[Expression]]:
         """The scene and its expressions before they become masks.
