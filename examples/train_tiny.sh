@@ -11,7 +11,7 @@ set -euo pipefail
 
 BANK=${BANK:-bank}                         # folder with sprites.parquet, backgrounds.parquet and vocabulary.json
 OUT=${OUT:-outputs/tiny}                   # folder for the stages and for the model, OUT/published
-TOKENIZER_STEPS=${TOKENIZER_STEPS:-3000}   # masks to tokens and back; two thirds of them without the codes
+TOKENIZER_STEPS=${TOKENIZER_STEPS:-3000}   # masks to tokens and back; 40 % of them without the codes, 45 % with
 COARSE_STEPS=${COARSE_STEPS:-3000}         # four coarse scales: where things are
 FINE_STEPS=${FINE_STEPS:-3000}             # five scales: their outlines
 MASKS=${MASKS:-32}                         # masks in a batch
@@ -44,9 +44,9 @@ fi
 
 # shellcheck disable=SC2086  # the options are several words
 stage visual_tokenizer "$PYTHON" -m trl_recipes.train_visual_tokenizer --bank "$BANK" \
-    --output_dir "$OUT/visual_tokenizer" --max_steps "$TOKENIZER_STEPS" --autoencoder_steps $((TOKENIZER_STEPS * 2 / 3)) \
-    --channel_multipliers 1 2 6 12 --patch_nums 1 2 4 8 16 16 --vocab_size 1024 \
-    --rate_weight 0.06 0.06 0.05 0.03 0.02 0.005 --joint_steps 200 \
+    --output_dir "$OUT/visual_tokenizer" --max_steps "$TOKENIZER_STEPS" --autoencoder_steps $((TOKENIZER_STEPS * 2 / 5)) \
+    --joint_steps $((TOKENIZER_STEPS * 9 / 20)) --channel_multipliers 1 2 6 12 --patch_nums 1 2 4 8 16 \
+    --vocab_size 4096 --fit_pictures 4096 --rate_weight 0.04 0.04 0.04 0.035 0.035 --scale_dropout 0.1 \
     --per_device_train_batch_size "$MASKS" --learning_rate 1.2e-3 --max_grad_norm 0.2 --save_steps "$SAVE_STEPS" \
     $TRAIN_OPTIONS $TOKENIZER_OPTIONS
 

@@ -1,4 +1,9 @@
-"""Fits the codebook of a VAR tokenizer to latents by Lloyd iterations (entropy-constrained residual quantisation)."""
+"""Fits the codebook of a VAR tokenizer to latents: at once by Lloyd iterations, then by steps that follow the encoder.
+
+Both are entropy-constrained residual quantisation: codes are chosen by squared distance plus the price of their rarity.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import trange
@@ -8,28 +13,48 @@ from modeling_argenseg import MultiScaleQuantizer
 PART = 64  # latents that are coded at once
 
 
-@torch.no_grad()
-def assign(
-    quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
-    """Codes a latent as it is.
+@dataclass
+class Coded:
+    """A latent, coded as it is.
 
-    Returns: how often each code was chosen at each scale (K, V), the sums (V, D) of the vectors that chose it, the
-    squared error left over, and up to V vectors (N, D), drawn by how badly they are coded: places for new codes.
+    `f_hats`: what the codes say after every scale, K times (B, D, h, w). `hits`: how often each code was chosen at each
+    scale (K, V). `sums`: of the vectors that chose it (V, D). `error`: the squared error left over. `places`: up to V
+    vectors (N, D), drawn by how badly they are coded: places for new codes.
     """
+
+    f_hats: list[torch.Tensor]
+    hits: torch.Tensor
+    sums: torch.Tensor
+    error: torch.Tensor
+    places: torch.Tensor
+
+
+def nearest(quantizer: MultiScaleQuantizer, vectors_ND: torch.Tensor, scale: int) -> torch.Tensor:
+    """What `quantizer.nearest` finds, without the length of the vectors (the same for all codes): half the memory."""
+    codebook = quantizer.embedding.weight
+    price_V = codebook.square().sum(1) - quantizer.rate_weights[scale] * quantizer.log_frequency(scale)
+    return torch.addmm(price_V, vectors_ND, codebook.T, alpha=-2).argmin(1)
+
+
+@torch.no_grad()
+def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, places: bool = True) -> Coded:
+    """Codes a latent, and counts; without `places` nothing waits for the GPU."""
     codebook = quantizer.embedding.weight
     hits, sums = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(codebook)
-    rest, places = f_BDhw, []
-    for scale in range(len(quantizer.patch_nums)):
-        vectors = quantizer.rest_at_scale(rest, scale)
-        ids = quantizer.nearest(vectors, scale)
-        hits[scale] += torch.bincount(ids, minlength=len(codebook))
-        sums.index_add_(0, ids, vectors)
-        error = (vectors - codebook[ids]).square().sum(1)
-        share = -(-len(codebook) // len(quantizer.patch_nums))
-        places.append(vectors[torch.multinomial(error.clamp(min=1e-9), min(share, len(error)))])
-        rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
-    return hits, sums, float(rest.square().sum()), torch.cat(places)
+    rest, f_hats, found = f_BDhw, [], []
+    share = -(-len(codebook) // len(quantizer.patch_nums))
+    with torch.autocast(f_BDhw.device.type, enabled=False):
+        for scale in range(len(quantizer.patch_nums)):
+            vectors = quantizer.rest_at_scale(rest, scale)
+            ids = nearest(quantizer, vectors, scale)
+            hits[scale].index_add_(0, ids, hits.new_ones(len(ids)))
+            sums.index_add_(0, ids, vectors)
+            if places:
+                error = (vectors - codebook[ids]).square().sum(1)
+                found.append(vectors[torch.multinomial(error.clamp(min=1e-9), min(share, len(error)))])
+            rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
+            f_hats.append(f_BDhw - rest)
+    return Coded(f_hats, hits, sums, rest.square().sum(), torch.cat(found) if places else vectors[:0])
 
 
 @torch.no_grad()
@@ -49,19 +74,55 @@ def fit_codebook(
     for iteration in trange(iterations, desc="fitting the codebook", disable=not progress):
         first = iteration < restarts
         quantizer.rate_weights = [0.0] * len(rates) if first else rates
-        parts = [assign(quantizer, part) for part in f_BDhw.split(PART)]
-        hits, sums = sum(part[0] for part in parts), sum(part[1] for part in parts)
-        error = sum(part[2] for part in parts) / f_BDhw.numel()
+        hits, sums = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(codebook)
+        left, found = f_BDhw.new_zeros(()), []
+        for part in f_BDhw.split(PART):
+            coded = assign(quantizer, part, places=first)
+            hits, sums, left = hits + coded.hits, sums + coded.sums, left + coded.error
+            found.append(coded.places)
+        error = float(left) / f_BDhw.numel()
         count = hits.sum(0)
         used = count > 0
         codebook[used] = torch.lerp(codebook[used], sums[used] / count[used, None], 1.0 if first else 0.5)
         if iteration == 0:
             codebook[0] = 0.0
         if first:
-            places = torch.cat([part[3] for part in parts])
-            poor = (count < 2).nonzero()[:, 0]
-            poor = poor[poor > 0][: len(places)]
-            codebook[poor] = places[torch.randperm(len(places))[: len(poor)]]
+            replace(codebook, count < 2, torch.cat(found))
         quantizer.ema_vocab_hit_SV.copy_(hits / hits.sum(1, keepdim=True))
     quantizer.rate_weights = rates
     return error
+
+
+@torch.no_grad()
+def replace(codebook: torch.Tensor, poor_V: torch.Tensor, places: torch.Tensor) -> None:
+    """Moves poor codes to places drawn at random; never the first code, which begins as the zero."""
+    poor = poor_V.nonzero()[:, 0]
+    poor = poor[poor > 0][: len(places)]
+    codebook[poor] = places[torch.randperm(len(places), device=places.device)[: len(poor)]]
+
+
+def uses_per_picture(quantizer: MultiScaleQuantizer) -> torch.Tensor:
+    """How often a picture has each code (V,), by what was recorded."""
+    hits = quantizer.ema_vocab_hit_SV
+    return hits.new_tensor([side * side for side in quantizer.patch_nums]) @ hits
+
+
+@torch.no_grad()
+def follow(quantizer: MultiScaleQuantizer, coded: Coded, pictures: int, decay: float = 0.99) -> None:
+    """One step of online k-means: codes become the running mean of the vectors that choose them.
+
+    The running counts are those of the rate term (`ema_vocab_hit_SV`), so that all of the state is in the model.
+    """
+    codebook, hits = quantizer.embedding.weight, coded.hits / pictures
+    uses = hits.sum(0)
+    kept = decay * uses_per_picture(quantizer) + (1 - decay) * uses
+    pull = coded.sums / pictures - uses[:, None] * codebook
+    codebook.add_(pull * ((1 - decay) / kept.clamp(min=1e-9))[:, None])
+    shares = hits / hits.sum(1, keepdim=True)
+    quantizer.ema_vocab_hit_SV.lerp_(shares, 1 - decay)
+
+
+@torch.no_grad()
+def revive(quantizer: MultiScaleQuantizer, coded: Coded, fewest: float = 2e-4) -> None:
+    """Moves codes that fewer than `fewest` uses a picture to vectors that are badly coded."""
+    replace(quantizer.embedding.weight, uses_per_picture(quantizer) < fewest, coded.places)

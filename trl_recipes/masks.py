@@ -1,58 +1,119 @@
 """Masks of composed scenes for training and judging a visual tokenizer."""
 
+from __future__ import annotations
+
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .scenes import SceneBank, SceneConfig, SceneDataset
 
 PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
+SCENES_PER_TASK = 16
+
+_scenes: SceneDataset | None = None  # what the processes that compose masks inherit
 
 
-def compose_masks(bank_folder: str | Path, split: str, count: int, seed: int, cache: Path | None = None) -> np.ndarray:
-    """`count` target masks (count, 256, 256) bool of scenes from all presets; packed to bits in `cache` when given."""
+def _packed_masks(start: int) -> np.ndarray:
+    """Masks (n, H, W / 8) of a few scenes, as bits."""
+    assert _scenes is not None
+    masks = []
+    for index in range(start, min(start + SCENES_PER_TASK, len(_scenes))):
+        scene, expressions = _scenes.scene(index)
+        masks += [scene.mask(e.object_ids) for e in expressions if e.object_ids]
+    return np.packbits(np.stack(masks), axis=-1) if masks else np.empty((0, 0, 0), np.uint8)
+
+
+def _preset_masks(scenes: SceneDataset, wanted: int, workers: int, label: str) -> np.ndarray:
+    """The first `wanted` masks of the scenes, in order, whatever the number of processes."""
+    global _scenes
+    _scenes, found, count = scenes, [], 0
+    starts = range(0, len(scenes), SCENES_PER_TASK)
+    with tqdm(total=wanted, desc=label) as bar:
+        pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
+        for packed in pool.imap(_packed_masks, starts) if pool else map(_packed_masks, starts):
+            if len(packed):
+                found.append(packed)
+                count += len(packed)
+                bar.update(len(packed))
+            if count >= wanted:
+                break
+        if pool:
+            pool.terminate()  # what it has composed beyond that is not needed
+            pool.join()
+    return np.concatenate(found)[:wanted]
+
+
+def compose_masks(
+    bank_folder: str | Path, split: str, count: int, seed: int, cache: Path | None = None, workers: int = 1
+) -> np.ndarray:
+    """`count` target masks (count, 256, 256) bool of scenes from all presets; packed to bits in `cache` when given.
+
+    They are the same for any number of `workers` (processes).
+    """
     packed = np.load(cache, mmap_mode="r") if cache is not None and cache.exists() else ()
     if len(packed) >= count:
-        return np.unpackbits(packed[:count], axis=-1).astype(bool)
-    bank, upto = SceneBank.from_folder(bank_folder, split), 0.0
-    found: list[np.ndarray] = []
+        return np.unpackbits(packed[:count], axis=-1).view(bool)
+    bank, upto, have = SceneBank.from_folder(bank_folder, split), 0.0, 0
+    parts = []
     for preset, share in PRESET_SHARES:
         upto += share
-        wanted = round(count * upto) - len(found)
-        dataset = SceneDataset(bank, SceneConfig.preset(preset), seed, length=count, expressions_per_scene=4)
-        masks: list[np.ndarray] = []
-        with tqdm(total=wanted, desc=f"composing {split} masks ({preset})") as bar:
-            for index in range(len(dataset)):
-                scene, expressions = dataset.scene(index)
-                new = [scene.mask(e.object_ids) for e in expressions if e.object_ids]
-                masks += new
-                bar.update(len(new))
-                if len(masks) >= wanted:
-                    break
-        found += masks[:wanted]
-    stacked = np.stack(found)
+        wanted = round(count * upto) - have
+        have += wanted
+        if wanted:
+            scenes = SceneDataset(bank, SceneConfig.preset(preset), seed, length=count, expressions_per_scene=4)
+            parts.append(_preset_masks(scenes, wanted, workers, f"composing {split} masks ({preset})"))
+    packed = np.concatenate(parts)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part.npy")
-        np.save(part, np.packbits(stacked, axis=-1))
+        np.save(part, packed)
         part.replace(cache)  # a run that is killed leaves no half of it
-    return stacked
+    return np.unpackbits(packed, axis=-1).view(bool)
 
 
-class MaskPictures(Dataset):
-    """Masks as black and white pictures `{"pixel_values": (3, side, side) in [-1, 1]}`, mirrored and zoomed at random.
+def bicubic_weights(size: int, side: int, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Matrices (B, side, size) that resize `start .. start + length` (B,) of a line of `size` pixels to `side` pixels.
 
-    Item i of epoch e depends on (seed, i) alone, so that a resumed run sees the same pictures.
+    The filter is that of Pillow's `resize(..., BICUBIC, box=...)`: made wider where it shrinks, cut off at the ends.
+    """
+    scale = length / side
+    width = scale.clamp(min=1.0)
+    centers = start[:, None] + (torch.arange(side, device=start.device) + 0.5) * scale[:, None]
+    pixels = torch.arange(size, device=start.device) + 0.5
+    x = ((pixels - centers[:, :, None]) / width[:, None, None]).abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def uniform(seed: int, indices: torch.Tensor, draws: int) -> torch.Tensor:
+    """Numbers (B, draws) in [0, 1) that depend on the seed and on each index alone, made where the indices are."""
+    bits = indices.long()[:, None] * draws + torch.arange(draws, device=indices.device)
+    bits = bits + (seed * 0x9E3779B1 & 0x7FFFFFFF)
+    for factor in (0x7FEB352D, 0x846CA68B, 0x7FEB352D):
+        bits = bits & 0xFFFFFFFF
+        bits = ((bits ^ bits >> 16) * factor) & 0xFFFFFFFF
+    return (bits ^ bits >> 15).double().div(2**32).float().clamp(max=1 - 2**-24)
+
+
+class MaskPictures:
+    """Masks as black and white pictures (B, 3, side, side) in [-1, 1], mirrored and zoomed at random.
+
+    Batches are made where the masks are: on a GPU, a fraction of a millisecond each. A picture depends on (seed, index)
+    alone, so that a resumed run sees the same pictures.
 
     Args:
         masks: bool (N, H, W).
         side: side of the picture.
         seed: of the augmentation; None for none.
         photos: pictures to mix in (paths), and `photo_share`, how often.
+        device: where the masks are kept, a byte a pixel.
     """
 
     def __init__(
@@ -62,30 +123,43 @@ class MaskPictures(Dataset):
         seed: int | None = 0,
         photos: list[Path] | None = None,
         photo_share: float = 0.0,
-        length: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.masks, self.side, self.seed = masks, side, seed
+        self.masks = torch.tensor(masks, device=device)
+        self.side, self.seed = side, seed
         self.photos, self.photo_share = photos or [], photo_share if photos else 0.0
-        self.length = length or len(masks)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng([self.seed or 0, index])
-        if self.seed is not None and rng.random() < self.photo_share:
-            image = Image.open(self.photos[rng.integers(len(self.photos))]).convert("RGB")
+    def batch(self, indices: torch.Tensor) -> torch.Tensor:
+        """Pictures of indices (B,), of any size: mask i is that of index i, i + N, i + 2 N and so on."""
+        indices = indices.to(self.masks.device)
+        drawn = uniform(self.seed or 0, indices, 6)
+        if self.seed is None:
+            zoom, left, top = torch.ones_like(drawn[:, 0]), *torch.zeros_like(drawn[:, :2]).T
         else:
-            image = Image.fromarray(self.masks[index % len(self.masks)])
-            image = image.convert("L").convert("RGB")
-        box = None
+            zoom = 0.55 + 0.45 * drawn[:, 0]
+            left, top = (1 - zoom) * drawn[:, 1], (1 - zoom) * drawn[:, 2]
+        white = self.masks[indices % len(self.masks)].float()
+        pictures = self.resized(white, zoom, left, top)[:, None].expand(-1, 3, -1, -1)
+        if self.photo_share:
+            pictures = pictures.clone()
+            for place in (drawn[:, 4] < self.photo_share).nonzero()[:, 0].tolist():
+                photo = self.photo(int(drawn[place, 5] * len(self.photos)))
+                resized = self.resized(photo, *(x[place].expand(3) for x in (zoom, left, top)))
+                pictures[place] = resized
+        pictures = pictures * 2 - 1
         if self.seed is not None:
-            width, height = image.size
-            zoom = rng.uniform(0.55, 1.0)
-            left, top = rng.uniform(0, 1 - zoom, 2)
-            box = (left * width, top * height, (left + zoom) * width, (top + zoom) * height)
-        image = image.resize((self.side, self.side), Image.Resampling.BICUBIC, box=box)
-        if self.seed is not None and rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-        return {"pixel_values": pixels}
+            pictures = torch.where((drawn[:, 3] < 0.5)[:, None, None, None], pictures.flip(3), pictures)
+        return pictures.contiguous(memory_format=torch.channels_last)
+
+    def resized(self, planes: torch.Tensor, zoom: torch.Tensor, left: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+        """Planes (B, H, W) in [0, 1], cut out and resized to (B, side, side)."""
+        height, width = planes.shape[1:]
+        rows = bicubic_weights(height, self.side, top * height, zoom * height)
+        columns = bicubic_weights(width, self.side, left * width, zoom * width)
+        with torch.autocast(planes.device.type, enabled=False):
+            wide = (planes @ columns.transpose(1, 2)).clamp(0, 1)
+            return (rows @ wide).clamp(0, 1).mul(255).round().div(255)  # flat areas are exactly flat
+
+    def photo(self, number: int) -> torch.Tensor:
+        image = Image.open(self.photos[number]).convert("RGB")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(self.masks.device).float() / 255

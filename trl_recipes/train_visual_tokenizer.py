@@ -2,15 +2,21 @@
 
     python -m trl_recipes.train_visual_tokenizer --bank BANK --output_dir out/visual_tokenizer --max_steps 3000
 
-Four stages: a plain autoencoder; a codebook fitted to its latents at once (Lloyd iterations) and frozen; encoder and
-decoder together, the latents pulled to the codes (off by default: hard to keep stable); last the decoder alone, on what
-the codes say. That can be repeated (`--decoder_only`) without touching models trained on the codes.
+Three phases, each with a learning rate that rises quickly and falls to nothing: a plain autoencoder; a codebook fitted
+to its latents at once (Lloyd iterations), and then encoder, codes and decoder together: the encoder takes the gradient
+of what the codes say and is pulled to them, the codes follow it as running means (with gradients of their own they
+would chase each other, and grow), those that nothing uses are moved to where they are missing; last the decoder alone.
+That can be repeated (`--decoder_only`) without touching models trained on the codes.
 
 What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
 get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
+
+Masks are kept and cut out on the GPU, if there is one. `--max_minutes` ends a run in time, whatever the steps take.
 """
 
+import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from modeling_argenseg import VARTokenizer, VARTokenizerConfig
 
-from .codebook import fit_codebook
+from .codebook import assign, fit_codebook, follow, revive
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
+
+STARTED = time.monotonic()
 
 
 @dataclass
@@ -46,19 +54,36 @@ class TokenizerArguments:
     vocab_size: int = field(default=512, metadata={"help": "number of codes"})
     autoencoder_steps: int = field(default=2000, metadata={"help": "first steps, without the quantiser"})
     joint_steps: int = field(
-        default=1000, metadata={"help": "steps in which encoder and decoder move together, after the codes"}
+        default=700,
+        metadata={"help": "steps in which encoder, codes and decoder move together; then the decoder alone"},
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "end of training, in minutes from the start of the program: where steps take too long, all phases "
+            "become shorter alike (such a run cannot be resumed exactly)"
+        },
+    )
+    joint_learning_rate: float = field(default=1.0, metadata={"help": "of the joint phase, times learning_rate"})
+    decoder_learning_rate: float = field(default=1.0, metadata={"help": "of the decoder's phase, times learning_rate"})
     commitment_weight: float = field(
         default=5.0, metadata={"help": "pull of the latent to its code; too small, and the latent grows without end"}
     )
+    latent_variance: float = field(
+        default=0.09,
+        metadata={"help": "variance that the latent is held at, so that rate_weight means the same always"},
+    )
+    variance_weight: float = field(default=0.03, metadata={"help": "how strongly it is held there"})
+    codebook_decay: float = field(default=0.99, metadata={"help": "of the running means that the codes are"})
     rate_weight: list[float] = field(
-        default_factory=lambda: [0.06], metadata={"help": "price of a nat, in squared distance; one, or one per scale"}
+        default_factory=lambda: [0.035], metadata={"help": "price of a nat, in squared distance; one, or one per scale"}
     )
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )
     fit_pictures: int = field(default=2048, metadata={"help": "pictures that the codebook is first fitted to"})
-    scale_dropout: float = field(default=0.3, metadata={"help": "chance that a step uses only the first scales"})
+    scale_dropout: float = field(default=0.1, metadata={"help": "chance that a step uses only the first scales"})
+    workers: int = field(default=1, metadata={"help": "processes that compose masks"})
 
 
 @torch.no_grad()
@@ -70,16 +95,15 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
     """
     model.eval()
     config, ids, ious = model.config, [], []
-    for start in range(0, len(masks), batch_size):
-        truth = torch.from_numpy(masks[start : start + batch_size])
-        pictures = MaskPictures(truth.numpy(), config.image_size, seed=None)
-        pixels = torch.stack([pictures[i]["pixel_values"] for i in range(len(pictures))])
-        ids.append(model.encode(pixels.to(model.device)).cpu())
-        maps = model.decode_scales(ids[-1].to(model.device)).float().mean(2).cpu()  # (B, K, side, side)
-        drawn = F.interpolate(maps, size=truth.shape[1:], mode="bilinear") > 0
-        truth = truth[:, None]
+    pictures = MaskPictures(masks, config.image_size, seed=None, device=model.device)
+    for indices in torch.arange(len(masks)).split(batch_size):
+        tokens = model.encode(pictures.batch(indices))
+        maps = model.decode_scales(tokens).float().mean(2)  # (B, K, side, side)
+        drawn = F.interpolate(maps, size=masks.shape[1:], mode="bilinear") > 0
+        truth = pictures.masks[indices.to(model.device), None]
         union = (drawn | truth).sum((2, 3))
-        ious.append((drawn & truth).sum((2, 3)) / union.clamp(min=1) + (union == 0))
+        ious.append(((drawn & truth).sum((2, 3)) / union.clamp(min=1) + (union == 0)).cpu())
+        ids.append(tokens.cpu())
     model.train()
     ids_NT, iou_NK = torch.cat(ids), torch.cat(ious)
     entropies, shares = [], []
@@ -99,11 +123,59 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
 
 
 class TokenizerTrainer(Trainer):
-    """`Trainer` that begins with an autoencoder, fits the codebook to it, drops scales, and evaluates by `judge`."""
+    """`Trainer` whose batches are indices of `pictures`, in three phases, evaluated by `judge`."""
 
-    def __init__(self, *args: Any, recipe: TokenizerArguments, test_masks: np.ndarray, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.recipe, self.test_masks = recipe, test_masks
+    def __init__(
+        self,
+        *args: Any,
+        recipe: TokenizerArguments,
+        test_masks: np.ndarray,
+        pictures: MaskPictures | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, data_collator=lambda indices: {"indices": torch.tensor(indices)}, **kwargs)
+        self.recipe, self.test_masks, self.pictures = recipe, test_masks, pictures
+        self.placed, self.parts = (-1, 0.0), {}
+        self.add_callback(StopInTime(self))
+
+    # ------------------------------------------------------------------ the schedule
+
+    def place(self, step: int) -> float:
+        """Where a step stands between 0 and `max_steps`: at itself, or further on where time runs out."""
+        if self.placed[0] != step:  # once a step: all that asks for it is told the same
+            place = float(step)
+            if self.recipe.max_minutes is not None:
+                self.begun = getattr(self, "begun", time.monotonic())
+                whole = STARTED + 60 * self.recipe.max_minutes - self.begun
+                place = max(place, self.args.max_steps * (time.monotonic() - self.begun) / max(whole, 1e-6))
+            self.placed = (step, place)
+        return self.placed[1]
+
+    def phase_at(self, place: float) -> tuple[str, float]:
+        """The phase, and how much of it is over (0 to 1)."""
+        recipe, joint_end = self.recipe, self.recipe.autoencoder_steps + self.recipe.joint_steps
+        if recipe.decoder_only:
+            name, start, end = "decoder", 0, self.args.max_steps
+        elif place < recipe.autoencoder_steps:
+            name, start, end = "autoencoder", 0, recipe.autoencoder_steps
+        elif place < joint_end:
+            name, start, end = "joint", recipe.autoencoder_steps, joint_end
+        else:
+            name, start, end = "decoder", joint_end, self.args.max_steps
+        return name, min((place - start) / max(end - start, 1), 1.0)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Of each phase: up in its first twentieth, then down to nothing along a cosine."""
+        name, progress = self.phase_at(self.place(step))
+        recipe = self.recipe
+        peaks = {"autoencoder": 1.0, "joint": recipe.joint_learning_rate, "decoder": recipe.decoder_learning_rate}
+        return peaks[name] * min(20 * progress + 0.05, 1.0) * (0.505 + 0.495 * math.cos(math.pi * progress))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
+        return self.lr_scheduler
 
     def num_scales_at(self, step: int) -> int | None:
         """How many scales the step reconstructs from: none (autoencoder), the first few, or all."""
@@ -113,33 +185,80 @@ class TokenizerTrainer(Trainer):
         rng = np.random.default_rng([self.args.seed, step])
         return int(rng.integers(2, scales)) if scales > 2 and rng.random() < self.recipe.scale_dropout else None
 
+    # ------------------------------------------------------------------ a step
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        recipe = self.recipe
-        step = self.state.global_step - recipe.autoencoder_steps  # negative before the quantiser
-        if step >= 0:
-            model.quantize.requires_grad_(False)  # codes that follow the latent, and a latent that flees them, grow
-        if step == 0 and not recipe.decoder_only:
+        pixels, step = self.pictures.batch(inputs["indices"]), self.state.global_step
+        phase, progress = self.phase_at(self.place(step))
+        self.begin(phase, model)
+        latent = model.latent(pixels).float()
+        variance, commitment, drawn = latent.var(), latent.new_zeros(()), latent
+        if phase != "autoencoder":
+            reviving = phase == "joint" and progress < 0.8 and step % 100 == 0
+            coded = assign(model.quantize, latent.detach(), places=reviving)
+            scales, whole = self.num_scales_at(step), coded.f_hats[-1]
+            # what the decoder must make of a coarse f_hat says nothing about the latent
+            drawn = latent + (whole - latent).detach() if scales is None else coded.f_hats[scales - 1]
+            if phase == "joint":
+                commitment = F.mse_loss(latent, whole)
+                follow(model.quantize, coded, len(pixels), self.recipe.codebook_decay)
+                if reviving:
+                    revive(model.quantize, coded)
+        picture = model.decode_latent(drawn).float()
+        if self.recipe.photos:
+            drawing = F.l1_loss(picture, pixels) + F.mse_loss(picture, pixels)
+        else:  # 4 x is the logit of "white"
+            drawing = 2 * F.binary_cross_entropy_with_logits(4 * picture, (pixels + 1) / 2)
+        self.parts = {"drawing": drawing, "commitment": commitment, "latent_variance": variance}
+        loss = drawing + self.recipe.commitment_weight * commitment
+        if phase != "decoder":
+            loss = loss + self.recipe.variance_weight * (variance / self.recipe.latent_variance - 1).square()
+        return (loss, {"reconstruction": picture}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # of the last step
+            logs |= {name: float(part.detach()) for name, part in self.parts.items()} | {"place": self.placed[1]}
+        super().log(logs, *args, **kwargs)
+
+    def begin(self, phase: str, model: VARTokenizer) -> None:
+        """What a phase needs before its first step: the phase of the step before tells whether this is it."""
+        step = self.state.global_step
+        before = getattr(self, "phase", None) or (self.phase_at(step - 1)[0] if step else None)
+        self.phase = phase
+        model.quantize.requires_grad_(False)
+        for part in (model.encoder, model.quant_conv):
+            part.requires_grad_(phase != "decoder")
+        if phase == before or self.recipe.decoder_only:
+            return
+        if phase != "autoencoder" and before in (None, "autoencoder"):
             self.fit_codebook(model)
-            self.optimizer.state.clear()  # the moments of the autoencoder's small gradients
-        if step >= recipe.joint_steps or recipe.decoder_only:
-            model.encoder.requires_grad_(False)
-            model.quant_conv.requires_grad_(False)
-        outputs = model(**inputs, num_scales=self.num_scales_at(step), masks=not self.recipe.photos)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        self.optimizer.state.clear()  # the moments of other gradients
 
     @torch.no_grad()
     def fit_codebook(self, model: VARTokenizer) -> None:
-        batches = range(0, self.recipe.fit_pictures, 64)
-        pictures = [[self.train_dataset[i + j]["pixel_values"] for j in range(64)] for i in batches]
-        latents = [model.latent(torch.stack(batch).to(model.device)).float() for batch in pictures]
-        error = fit_codebook(model.quantize, torch.cat(latents))
-        self.log({"fit_error": error, "latent_std": float(torch.cat(latents).std())})
+        rng = np.random.default_rng(self.args.seed)
+        seen = max(len(self.train_dataset), self.recipe.fit_pictures)
+        indices = torch.from_numpy(rng.choice(seen, self.recipe.fit_pictures, replace=False))
+        latents = torch.cat([model.latent(self.pictures.batch(part)).float() for part in indices.split(64)])
+        error = fit_codebook(model.quantize, latents, progress=not self.args.disable_tqdm)
+        self.log({"fit_error": error, "latent_variance": float(latents.var())})
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, Any]:
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in judge(self.model, self.test_masks).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class StopInTime(TrainerCallback):
+    """Ends a run whose time is over."""
+
+    def __init__(self, trainer: TokenizerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.place(state.global_step) >= args.max_steps:
+            control.should_training_stop = True
 
 
 @torch.no_grad()
@@ -184,18 +303,25 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)
     model = build(recipe).to(memory_format=torch.channels_last)
-    masks = compose_masks(recipe.bank, "train", recipe.train_masks, training.seed, output / "train_masks.npy")
-    test_masks = compose_masks(recipe.bank, "test", recipe.test_masks, training.seed, output / "test_masks.npy")
+    masks = compose_masks(
+        recipe.bank, "train", recipe.train_masks, training.seed, output / "train_masks.npy", recipe.workers
+    )
+    test_masks = compose_masks(
+        recipe.bank, "test", recipe.test_masks, training.seed, output / "test_masks.npy", recipe.workers
+    )
     photos = sorted(Path(recipe.photos).glob("*.*")) if recipe.photos else None
     seen = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
-    dataset = MaskPictures(masks, recipe.image_size, training.seed, photos, recipe.photo_share, max(seen, len(masks)))
+    indices = range(max(seen, len(masks)))
     trainer = TokenizerTrainer(
         model=model,
         args=training,
-        train_dataset=dataset,
-        eval_dataset=dataset,  # evaluation is by `judge`
+        train_dataset=indices,
+        eval_dataset=indices,  # evaluation is by `judge`
         recipe=recipe,
         test_masks=test_masks,
+        pictures=MaskPictures(
+            masks, recipe.image_size, training.seed, photos, recipe.photo_share, device=training.device
+        ),
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     round_to_half(model)

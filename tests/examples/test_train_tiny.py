@@ -42,7 +42,7 @@ def test_options_exist(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert command is not None
         importlib.import_module(command[1]).make_parser().parse_args(shlex.split(command[2]))
     calls = (place / "calls").read_text().splitlines()
-    assert "--max_steps 30 --autoencoder_steps 20" in calls[0] and "--max_steps 7" in calls[2]
+    assert "--max_steps 30 --autoencoder_steps 12" in calls[0] and "--max_steps 7" in calls[2]
     assert all("--use_cpu True --bf16 True" in call for call in calls[:3])
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from PIL import Image
 
 from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
 from trl_recipes import train_visual_tokenizer
-from trl_recipes.codebook import fit_codebook
-from trl_recipes.masks import MaskPictures, compose_masks
+from trl_recipes.codebook import assign, fit_codebook, follow, revive, uses_per_picture
+from trl_recipes.masks import MaskPictures, compose_masks, uniform
 from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, judge
 
 STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
@@ -43,24 +44,51 @@ def half(side: int) -> np.ndarray:
     return np.broadcast_to(np.arange(side) < side // 2, (1, side, side))
 
 
+def test_masks_are_the_same_for_any_number_of_processes(bank_folder):
+    alone, shared = (compose_masks(bank_folder, "train", 70, seed=0, workers=workers) for workers in (1, 3))
+    assert np.array_equal(alone, shared)
+
+
 def test_pictures_of_masks_are_black_and_white_and_depend_on_their_index_alone():
-    plain = MaskPictures(half(64), 16, seed=None)[0]["pixel_values"]
+    plain = MaskPictures(half(64), 16, seed=None).batch(torch.tensor([0]))[0]
     assert plain.shape == (3, 16, 16)
     assert plain[:, :, :7].eq(1).all() and plain[:, :, 9:].eq(-1).all()
-    changed = MaskPictures(half(64), 16, seed=3, length=50)
-    pictures = [changed[i]["pixel_values"] for i in range(50)]
-    assert torch.equal(pictures[7], MaskPictures(half(64), 16, seed=3)[7]["pixel_values"])
-    assert not torch.equal(pictures[7], MaskPictures(half(64), 16, seed=4)[7]["pixel_values"])
-    shares = torch.stack([(picture > 0).float().mean() for picture in pictures])
+    pictures = MaskPictures(half(64), 16, seed=3).batch(torch.arange(50))
+    alone = MaskPictures(half(64), 16, seed=3).batch(torch.tensor([7]))[0]
+    torch.testing.assert_close(pictures[7], alone)
+    assert not torch.equal(alone, MaskPictures(half(64), 16, seed=4).batch(torch.tensor([7]))[0])
+    shares = (pictures > 0).float().mean((1, 2, 3))
     assert 0.3 < shares.mean() < 0.7 and shares.std() > 0.05  # zoomed
-    mirrored = sum(bool(picture[0, 8, 0] < picture[0, 8, -1]) for picture in pictures)
-    assert 10 < mirrored < 40
+    assert 10 < (pictures[:, 0, 8, 0] < pictures[:, 0, 8, -1]).sum() < 40  # mirrored
+
+
+def test_pictures_are_resized_as_by_pillow():
+    masks = np.random.default_rng(0).random((6, 50, 70)) < 0.3
+    pictures = MaskPictures(masks, 16, seed=2)
+    drawn = uniform(2, torch.arange(6), 6).double()
+    for mask, picture, (zoom, left, top, mirror, *_) in zip(masks, pictures.batch(torch.arange(6)), drawn, strict=True):
+        zoom = 0.55 + 0.45 * zoom
+        left, top = (1 - zoom) * left * 70, (1 - zoom) * top * 50
+        image = Image.fromarray(mask).convert("L")
+        box = tuple(map(float, (left, top, left + zoom * 70, top + zoom * 50)))
+        wanted = np.array(image.resize((16, 16), Image.Resampling.BICUBIC, box=box)) / 127.5 - 1
+        if mirror < 0.5:
+            wanted = wanted[:, ::-1]
+        np.testing.assert_allclose(picture[1], wanted, atol=0.02)
+
+
+def test_random_numbers_of_indices_are_even_and_unrelated():
+    drawn = uniform(1, torch.arange(20_000), 3)
+    assert drawn.min() >= 0 and drawn.max() < 1
+    torch.testing.assert_close(drawn.mean(0), torch.full((3,), 0.5), atol=0.01, rtol=0)
+    torch.testing.assert_close(torch.corrcoef(drawn.T), torch.eye(3), atol=0.03, rtol=0)
+    assert (torch.corrcoef(torch.stack([drawn[:, 0], uniform(2, torch.arange(20_000), 3)[:, 0]]))[0, 1]).abs() < 0.03
 
 
 def test_photos_are_mixed_in_as_often_as_told(tmp_path):
     Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
-    mixed = MaskPictures(half(64), 16, 0, photos=[tmp_path / "red.png"], photo_share=0.25, length=200)
-    red = sum(bool((mixed[i]["pixel_values"][1] < mixed[i]["pixel_values"][0]).all()) for i in range(200))
+    mixed = MaskPictures(half(64), 16, 0, photos=[tmp_path / "red.png"], photo_share=0.25).batch(torch.arange(200))
+    red = (mixed[:, 1] < mixed[:, 0]).all((1, 2)).sum()
     assert 30 < red < 70
 
 
@@ -153,6 +181,58 @@ def test_a_higher_price_makes_tokens_more_predictable():
     assert errors[0] < errors[1] < errors[2]
 
 
+def test_coding_agrees_with_the_model_and_counts_what_it_chose():
+    model, latents = quantizer(0.1), clusters(30)
+    fit_codebook(model, latents)
+    coded, ids = assign(model, latents), model.encode(latents)
+    for found, wanted in zip(coded.f_hats, model.accumulate(ids), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert float(coded.error) == pytest.approx(float((coded.f_hats[-1] - latents).square().sum()), rel=1e-4)
+    for hits, chosen in zip(coded.hits, model.split(ids), strict=True):
+        assert torch.equal(hits.long(), torch.bincount(chosen.flatten(), minlength=16))
+
+
+@torch.no_grad()
+def test_codes_that_follow_are_running_means_of_what_chose_them():
+    model, latents = quantizer(0.1), clusters(50)
+    fit_codebook(model, latents)
+    old, uses = model.embedding.weight.clone(), uses_per_picture(model)
+    torch.testing.assert_close(uses.sum(), torch.tensor(21.0))
+    coded = assign(model, latents + 0.2)
+    follow(model, coded, 50, decay=0.9)
+    sums = 0.9 * uses[:, None] * old + 0.1 * coded.sums / 50
+    counts = 0.9 * uses + 0.1 * coded.hits.sum(0) / 50
+    used = counts > 0
+    torch.testing.assert_close(model.embedding.weight[used], (sums / counts[:, None])[used])
+    torch.testing.assert_close(model.embedding.weight[~used], old[~used])
+    torch.testing.assert_close(uses_per_picture(model), counts)
+
+
+def test_codes_that_follow_find_latents_that_have_moved():
+    model, latents = quantizer(), clusters(400)
+    fit_codebook(model, latents)
+    before, moved = squared_error(model, latents), 1.2 * latents + 0.3
+    lost = squared_error(model, moved) - 1.2**2 * before
+    for part in moved.split(20) * 3:
+        follow(model, assign(model, part), len(part), decay=0.8)
+    assert squared_error(model, moved) - 1.2**2 * before < 0.3 * lost
+
+
+@torch.no_grad()
+def test_codes_that_nothing_uses_are_moved_to_vectors_that_are_badly_coded():
+    model, latents = quantizer(), clusters(50)
+    fit_codebook(model, latents)
+    model.embedding.weight[5] = 1e3
+    model.ema_vocab_hit_SV[:, 5] = 0.0
+    model.embedding.weight[0] = 0.0
+    before = model.embedding.weight.clone()
+    revive(model, assign(model, latents))
+    assert model.embedding.weight[5].norm() < 10
+    poor = uses_per_picture(model) < 2e-4
+    poor[0] = False
+    assert torch.equal(model.embedding.weight[~poor], before[~poor])
+
+
 # ---------------------------------------------------------------------- runs
 
 
@@ -175,7 +255,7 @@ def run(bank, output, recipe=None, **changes):
 @pytest.fixture(scope="module")
 def trained(bank_folder, tmp_path_factory):
     """A whole run, with checkpoints while it is an autoencoder, while all learns, and while the decoder alone does."""
-    return run(bank_folder, tmp_path_factory.mktemp("tokenizer"), save_steps=15)
+    return run(bank_folder, tmp_path_factory.mktemp("tokenizer"), save_steps=5)
 
 
 def weights(folder, part: str = "") -> dict[str, torch.Tensor]:
@@ -207,14 +287,17 @@ def test_the_autoencoder_leaves_the_codes_alone(trained):
         assert torch.equal(tensor, second[name]) == name.startswith("quantize."), name
 
 
-def test_the_codes_are_fitted_once_and_then_the_rest_follows_them(trained):
-    before, fitted, end = (weights(trained / f"checkpoint-{step}") for step in (30, 45, STEPS))
+def test_the_codes_are_fitted_then_follow_the_encoder_and_then_stay(trained):
+    before, fitted, decoder = (weights(trained / f"checkpoint-{step}") for step in (30, 45, 55))
+    end = weights(trained)
     assert not torch.equal(before["quantize.embedding.weight"], fitted["quantize.embedding.weight"])
-    assert fitted["quantize.ema_vocab_hit_SV"].sum(1).allclose(torch.ones(4))
-    for name, tensor in fitted.items():
-        if name.startswith("quantize."):
-            assert torch.equal(tensor, end[name]), name
-    assert not torch.equal(fitted["decoder.conv_in.weight"], end["decoder.conv_in.weight"])
+    for state in (fitted, decoder):
+        torch.testing.assert_close(state["quantize.ema_vocab_hit_SV"].sum(1), torch.ones(4))
+    for name, tensor in decoder.items():
+        still = not name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(tensor.half(), end[name].half()) == still, name
+        moved = not name.startswith("quantize.quant_resi.")  # phi stays the identity
+        assert torch.equal(tensor, fitted[name]) != moved, name
 
 
 def test_the_decoder_can_be_trained_on_without_touching_the_codes(trained, bank_folder, tmp_path):
@@ -225,10 +308,10 @@ def test_the_decoder_can_be_trained_on_without_touching_the_codes(trained, bank_
         assert torch.equal(tensor, new[name]) == (not name.startswith(("decoder.", "post_quant_conv."))), name
 
 
-@pytest.mark.parametrize("step", [30, 45])
+@pytest.mark.parametrize("step", [30, 40, 45])
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(trained, bank_folder, tmp_path, step):
     shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    run(bank_folder, tmp_path, save_steps=15)
+    run(bank_folder, tmp_path, save_steps=10)
     assert tiny_scenes.logged(tmp_path) == pytest.approx(tiny_scenes.logged(trained), rel=1e-5)
     torch.testing.assert_close(weights(tmp_path), weights(trained), rtol=0, atol=1e-5)
 
@@ -258,3 +341,25 @@ def test_a_run_from_an_autoencoder_keeps_its_weights_and_takes_the_new_sizes(tra
     state = model.state_dict()
     for name, tensor in weights(trained).items():
         assert name.startswith("quantize.") or torch.equal(tensor, state[name]), name
+
+
+def test_the_learning_rate_rises_and_falls_in_each_phase(trained):
+    rates = [tiny_scenes.logged(trained, "learning_rate")[step] for step in range(1, STEPS + 1)]
+    for start, end in ((0, FIT_AT), (FIT_AT, FIT_AT + 10), (FIT_AT + 10, STEPS)):
+        phase = rates[start:end]
+        assert max(phase) > 0.9 * 5e-3 and phase[-1] < 0.15 * 5e-3
+        top = phase.index(max(phase))
+        assert phase[:top] == sorted(phase[:top]) and phase[top:] == sorted(phase[top:], reverse=True)
+
+
+def test_a_run_whose_time_is_short_goes_through_all_phases(trained, bank_folder, tmp_path, monkeypatch):
+    clock = iter(range(10_000))  # a second passes whenever it is looked at
+    monkeypatch.setattr(train_visual_tokenizer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(train_visual_tokenizer, "STARTED", 0)
+    run(bank_folder, tmp_path, {"max_minutes": 0.5}, save_steps=1)
+    rates = tiny_scenes.logged(tmp_path, "learning_rate")
+    assert 10 <= max(rates) <= 31  # and not 60
+    assert rates[max(rates)] < 0.3 * 5e-3 < 0.8 * 5e-3 < max(rates.values())
+    assert weights(tmp_path)["quantize.ema_vocab_hit_SV"].sum(1).allclose(torch.ones(4), atol=1e-2)  # the codes' phase
+    first, last = weights(tmp_path / f"checkpoint-{max(rates) - 2}"), weights(tmp_path / f"checkpoint-{max(rates)}")
+    assert torch.equal(first["encoder.conv_in.weight"], last["encoder.conv_in.weight"])  # the decoder's phase
