@@ -3,16 +3,23 @@
 With `cache_implementation="static"` every pass of the language model has the same shapes from picture to picture. On a
 GPU transformers then compiles by itself; so does each scale here, under the same conditions and with the same
 `compile_config`, whose default, "reduce-overhead", makes CUDA graphs.
+
+Inductor takes minutes for the graphs of a large model. `CompileConfig(backend="cudagraphs")` compiles nothing: each
+scale is recorded as it is the first time it is drawn, which takes a fraction of a second, and played back afterwards.
 """
 
+import copy
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 ROOM = 128  # columns; static caches are sized in multiples of it, so that prompts of like length share their graphs
+HOMES = 4  # shapes of caches whose recorded graphs are kept
 
 
 def rounded_up(length: int) -> int:
@@ -69,4 +76,206 @@ def _own_function(language_model: PreTrainedModel) -> Callable:
     return step
 
 
-__all__ = ["ScaleGraphs", "rounded_up", "with_room"]
+def records(config: CompileConfig | None) -> bool:
+    """Whether passes are recorded as CUDA graphs instead of compiled."""
+    return config is not None and config.backend == "cudagraphs"
+
+
+class RecordedScales(ScaleGraphs):
+    """The language model's pass of each scale, recorded as a CUDA graph: the same kernels, without Python in between.
+
+    A CUDA graph reads and writes fixed addresses. So there is a `Home` for each shape of cache, and a cache moves in
+    before its first scale. What cannot be recorded runs as usual, after a warning. Elsewhere than on a CUDA device
+    nothing is recorded, and the pass is run again on the same fixed tensors. Weights that were put elsewhere are
+    noticed; adapters that are switched off are not (`model._scale_graphs = None` forgets all recordings).
+
+    Attributes: `homes`, the latest first; `record`, which makes a graph of a function without arguments.
+    """
+
+    def __init__(self, language_model: PreTrainedModel, config: CompileConfig | None) -> None:
+        super().__init__(language_model, config)
+        self.homes: list[Home] = []
+        self.record: Callable = record_cuda_graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"homes": []}
+
+    def __call__(self, scale: int, **inputs: Any) -> torch.Tensor:
+        cache, mask = inputs["past_key_values"], inputs["attention_mask"]
+        if mask is None or mask.ndim != 4 or any(type(layer) is not StaticLayer for layer in cache.layers):
+            _warn("flash attention and sliding layers cannot be recorded")
+            return self.language_model(**inputs).last_hidden_state
+        if mask.dtype == torch.bool:  # attention would do so in every layer
+            zeros = torch.zeros(mask.shape, dtype=inputs["inputs_embeds"].dtype, device=mask.device)
+            inputs["attention_mask"] = zeros.masked_fill_(~mask, -torch.inf)
+        home = self._home(cache)
+        home.take_in(cache)
+        weights = [weight.data_ptr() for weight in self.language_model.parameters()]
+        if home.weights != weights:
+            home.graphs, home.weights = {}, weights
+        tensors = {name: inputs[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
+        key = scale, inputs["inputs_embeds"].shape[1]
+        if key not in home.graphs:
+            home.graphs[key] = self._recorded(home, tensors)
+        graph = home.graphs[key]
+        return self.language_model(**inputs).last_hidden_state if graph is None else graph(tensors)
+
+    def _home(self, cache: Cache) -> "Home":
+        home = next((home for home in self.homes if home.fits(cache)), None)
+        if home is None:
+            home = Home(cache)
+        else:
+            self.homes.remove(home)
+        self.homes = [home, *self.homes][:HOMES]
+        return home
+
+    def _recorded(self, home: "Home", tensors: dict[str, torch.Tensor]) -> "Recording | None":
+        """None if it cannot be done; the cache is left as it was."""
+
+        def run(**fixed: torch.Tensor) -> torch.Tensor:
+            return self.language_model(**fixed, past_key_values=home.cache, use_cache=True).last_hidden_state
+
+        try:
+            return Recording(run, tensors, home.undoing, self.record)
+        except Exception as error:  # of the driver, of the allocator, of a model that reads values on the host
+            _warn(f"a scale could not be recorded as a CUDA graph ({type(error).__name__}: {error})")
+            return None
+
+
+class Home:
+    """Storage for the contents of one static cache at a time, at addresses that do not change.
+
+    Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length);
+    `weights`, the addresses of the weights in these recordings.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = copy.copy(cache)
+        self.cache.layers = [copy.copy(layer) for layer in cache.layers]
+        self.graphs: dict[tuple[int, int], Recording | None] = {}
+        self.weights: list[int] = []
+        self._tenant: Callable[[], Cache | None] = lambda: None
+        with torch.inference_mode(False):
+            for layer in self.cache.layers:
+                layer.keys, layer.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
+                layer.cumulative_length = torch.zeros_like(layer.cumulative_length)
+
+    def fits(self, cache: Cache) -> bool:
+        own, other = _storage(self.cache), _storage(cache)
+        return len(own) == len(other) and all(
+            a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, other, strict=True)
+        )
+
+    def take_in(self, cache: Cache) -> None:
+        """Moves a cache in: it keeps what it holds, and holds it here. Who lived here takes a copy along."""
+        if cache.layers[0].keys is self.cache.layers[0].keys:
+            return
+        before = self._tenant()
+        if before is not None and before.layers[0].keys is self.cache.layers[0].keys:
+            _settle(before, [tensor.clone() for tensor in _storage(before)])
+        own = _storage(self.cache)
+        with torch.no_grad():
+            for kind in range(3):  # all of one type
+                torch._foreach_copy_(own[kind::3], _storage(cache)[kind::3])
+        _settle(cache, own)
+        self._tenant = weakref.ref(cache)
+
+    def undoing(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Runs a pass and sets the cache back to the columns that it held."""
+        lengths = [layer.cumulative_length for layer in self.cache.layers]
+        held = [length.clone() for length in lengths]
+        try:
+            return run()
+        finally:
+            torch._foreach_copy_(lengths, held)
+
+
+def _storage(cache: Cache) -> list[torch.Tensor]:
+    return [t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+def _settle(cache: Cache, storage: list[torch.Tensor]) -> None:
+    for index, layer in enumerate(cache.layers):
+        layer.keys, layer.values, layer.cumulative_length = storage[3 * index : 3 * index + 3]
+
+
+class Recording:
+    """A function of tensors that has been recorded once: its inputs are copied to where it reads, and it is played.
+
+    Args:
+        run: the function, of named tensors.
+        tensors: inputs of the shapes that it will always have.
+        undoing: calls what it is given, and takes back what that changed beside its result.
+        record: as `record_cuda_graph`.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., torch.Tensor],
+        tensors: dict[str, torch.Tensor],
+        undoing: Callable[[Callable], Any] = lambda run: run(),
+        record: Callable | None = None,
+    ) -> None:
+        record = record or record_cuda_graph
+        with torch.inference_mode(False), torch.no_grad():  # to be written to inside and outside of inference mode
+            self.tensors = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                for name, tensor in tensors.items()
+            }
+            for name, tensor in tensors.items():
+                self.tensors[name].copy_(tensor)
+            device = next(iter(tensors.values())).device
+            self._play = record(lambda: run(**self.tensors), undoing, device)
+
+    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self.tensors[name].copy_(tensor)
+            return self._play().clone()  # the next result comes to the same place
+
+
+_pools: dict[torch.device, tuple[Any, Any]] = {}
+
+
+def record_cuda_graph(
+    run: Callable[[], torch.Tensor], undoing: Callable[[Callable], Any], device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """Records a function without arguments. Returns what plays it, and has its result at the same place every time.
+
+    It runs once before, so that libraries allocate and load what they need. All graphs of a device share their memory
+    for intermediate results; so two must not run at the same time.
+    """
+    if device.type != "cuda":
+        return run
+    with torch.cuda.device(device):
+        if device not in _pools:
+            _pools[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        pool, stream = _pools[device]
+        current = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                undoing(run)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            torch.cuda.set_stream(current)  # torch does not when the end of a recording fails
+            current.wait_stream(stream)
+
+    def play() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return play
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}: it runs without, which is slower and gives the same", stacklevel=3)
+
+
+def scale_graphs(language_model: PreTrainedModel, config: CompileConfig | None) -> ScaleGraphs:
+    return (RecordedScales if records(config) else ScaleGraphs)(language_model, config)
+
+
+__all__ = ["RecordedScales", "ScaleGraphs", "records", "rounded_up", "scale_graphs", "with_room"]

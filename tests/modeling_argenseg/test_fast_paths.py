@@ -3,6 +3,7 @@
 The model has learned its answers (see toy.py), so that drafts are kept, cut and refused by its own choice.
 """
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,90 @@ class TestStatic:
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [len(SIZES) - 1] * 3
         assert not counters["graph_break"]
+
+
+class TestRecorded:
+    """Everything but the recording itself: without a GPU, playing a graph is running it on its fixed tensors."""
+
+    @pytest.fixture
+    def options(self, processor) -> dict[str, Any]:
+        config = CompileConfig(backend="cudagraphs")
+        config._compile_all_devices = True
+        ids = processor.picture_answer_ids
+        return {"cache_implementation": "static", "compile_config": config, "picture_answer_ids": ids}
+
+    @both_scales
+    @every_attention
+    def test_same_ids(self, toy_folder, processor, inputs, options, attention, scale_attention) -> None:
+        model = load(toy_folder, attention, scale_attention)
+        plain = answers(run(model, inputs), inputs)
+        encoded = model.encode_image(**single(inputs, 1))
+        for _ in range(2):  # recorded, and played; all rows, then one after the other, one with two pictures
+            assert answers(run(model, inputs, **options), inputs) == plain
+            assert answers(run(model, inputs, encoded_image=encoded, **options), inputs) == plain
+            for row in (0, 3, 4):
+                alone = single(inputs, row)
+                with torch.inference_mode(row == 3):
+                    assert answers(run(model, alone, **options), alone) == [plain[row]]
+        homes = model._scale_graphs.homes
+        assert [home.cache.layers[0].keys.shape[0] for home in homes] == [1, 5]
+        assert all(None not in home.graphs.values() for home in homes)
+
+    def test_one_recording_a_scale_reads_fixed_places(self, toy_folder, processor, inputs, options) -> None:
+        model, played = load(toy_folder), []
+        alone, other = single(inputs, 0), single(inputs, 4)
+        plain = [answers(run(model, one), one) for one in (alone, other)]
+        run(model, alone, **options)
+        model._scale_graphs.homes = []
+
+        def record(call, undoing, device):
+            """Gives what a graph would: the first result's place, from the places that the first run read."""
+            place = undoing(call)
+
+            def play() -> torch.Tensor:
+                played.append(place.data_ptr())
+                return place.copy_(call())
+
+            return play
+
+        model._scale_graphs.record = record
+        lengths = passes(model)
+        for one, expected in zip((alone, other, alone), [*plain, plain[0]], strict=True):
+            assert answers(run(model, one, **options), one) == expected
+        assert len(played) == 3 * 3 and len(set(played)) == 3 and len(model._scale_graphs.homes) == 1
+        assert len(lengths) == 3 * (1 + 3) + 3  # three prefills, three pictures, and each scale once to be recorded
+
+    def test_caches_that_were_handed_out_stay_as_they_are(self, toy_folder, inputs, options) -> None:
+        model, first, second = load(toy_folder), single(inputs, 0), single(inputs, 4)
+        kept = run(model, first, **options)
+        held = [layer.keys.clone() for layer in kept.past_key_values.layers]
+        used = [int(layer.cumulative_length) for layer in kept.past_key_values.layers]
+        run(model, second, **options)
+        for keys, length, layer in zip(held, used, kept.past_key_values.layers, strict=True):
+            assert torch.equal(layer.keys, keys) and int(layer.cumulative_length) == length
+
+    def test_what_cannot_be_recorded_runs_as_usual(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        plain = answers(run(model, alone), alone)
+
+        def refuse(call, undoing, device):
+            undoing(call)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        run(model, alone, **options)
+        model._scale_graphs.record, model._scale_graphs.homes = refuse, []
+        with pytest.warns(UserWarning, match="could not be recorded.*not permitted"):
+            assert answers(run(model, alone, **options), alone) == plain
+
+    def test_weights_that_moved_are_recorded_anew(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        run(model, alone, **options)
+        before = list(model._scale_graphs.homes[0].graphs.values())
+        norm = model.model.language_model.norm
+        norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
+        run(model, alone, **options)
+        assert not set(before) & set(model._scale_graphs.homes[0].graphs.values())
+        assert copy.deepcopy(model)._scale_graphs.homes == []
 
 
 class TestPreviews:
