@@ -106,7 +106,7 @@ class DrawingMixin:
                 text_config, embeds, rows.mask, past_key_values=cache, block_sequence_ids=blocks
             )
         if compiles:
-            return self._graphs(generation_config)(scale, **inputs)
+            return self._graphs(generation_config)(scale, used + embeds.shape[1], **inputs)
         return self.model(**inputs, return_dict=True).last_hidden_state
 
     def _compiles(self, rows: Rows, generation_config: GenerationConfig) -> bool:

@@ -9,6 +9,7 @@ What no longer fits is skipped, and what fails is reported and left out. Ways of
   static       a static cache, eager
   recorded     a static cache; the scales' passes are CUDA graphs, recorded without a compiler
                (`CompileConfig(backend="cudagraphs")`)
+  fused        as recorded, with torch's RMS norm in them (`options={"fused_norms": True}`)
 
 A floor counts the bytes of the weights that have to be read in all passes after the prefill, at the speed of a copy,
 and vision, prefill and decoder as measured: as they run (eager), and for the strict one as CUDA graphs.
@@ -29,6 +30,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import cases, modes
 from benchmarks.floors import copy_bandwidth
 from benchmarks.stopwatch import peak_memory
-from modeling_argenseg.static_steps import Home, Recording
+from modeling_argenseg.static_steps import Home, Recording, rounded_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARTS = ("vision", "prefill", "drawing", "decoder")
@@ -147,11 +149,13 @@ class Measurement:
         self.report, self.args = report, args
         self.device = torch.device(args.device)
         recorded = CompileConfig(backend="cudagraphs")
-        recorded._compile_all_devices = True
+        fused = CompileConfig(backend="cudagraphs", options={"fused_norms": True})
+        recorded._compile_all_devices = fused._compile_all_devices = True
         self.ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "static": {"cache_implementation": "static", "disable_compile": True},
             "recorded": {"cache_implementation": "static", "compile_config": recorded},
+            "fused": {"cache_implementation": "static", "compile_config": fused},
         }
         self.case: cases.Case
         self.totals: dict[str, float] = {}
@@ -172,8 +176,8 @@ class Measurement:
             "plain": (3, lambda: self.one_prompt("plain", 3)),
             "released": (5, self.released),
             "recorded": (4, lambda: self.one_prompt("recorded", 7)),
-            "floor": (1, self.floor),
             "static": (3, lambda: self.one_prompt("static", 2)),
+            "fused": (4, lambda: self.one_prompt("fused", 7)),
             "sequential recorded": (4, lambda: self.sequential("recorded")),
             "prompts": (6, lambda: self.throughput("prompts", shared=True)),
             "images": (6, lambda: self.throughput("images", shared=False)),
@@ -218,7 +222,7 @@ class Measurement:
         begin = now(self.device)
         self.codes[way] = self.ours(way)
         report.add(f"one prompt, {way}: first run, s", now(self.device) - begin)
-        if way == "recorded":
+        if way in ("recorded", "fused"):
             self.say_what_was_recorded()
         found = times(lambda: self.ours(way), self.device, count)
         self.totals[way] = statistics.median(found)
@@ -235,6 +239,10 @@ class Measurement:
             if other != way:
                 differ = int((codes != self.codes[way]).sum())
                 report.add(f"ids that differ, {way} and {other}, of {codes.numel()}", differ)
+        if way in ("recorded", "fused"):
+            measured = {part: self.parts[way][part] for part in PARTS if part != "drawing"}
+            floor = measured | {"drawing": self.drawing_floor()}
+            self.compare("floor, with vision, prefill and decoder as they run", floor, way)
         if way == "plain":
             same = torch.equal(self.ours(way), self.codes[way])
             report.add("ids are the same in a second plain run", same)
@@ -252,17 +260,11 @@ class Measurement:
         body = sum(p.numel() * p.element_size() for p in net.model.language_model.layers.parameters())
         row = net.lm_head.in_features * net.lm_head.weight.element_size()
         heads = row * (net.config.visual_vocab_size * passes + net.lm_head.out_features)  # the text that follows, too
-        self.report.add("weights of the layers, GB", body / 1e9)
-        self.report.add("passes after the prefill", passes)
+        self.report.add("read by drawing, GB of layers, passes, GB of heads", [body / 1e9, passes, heads / 1e9])
         return 1000 * (body * passes + heads) / self.bandwidth
 
-    def floor(self) -> None:
-        reading, parts = self.drawing_floor(), self.parts["recorded"]
-        measured = {part: parts[part] for part in PARTS if part != "drawing"}
-        self.compare("floor, with vision, prefill and decoder as they run", measured | {"drawing": reading})
-
-    def compare(self, title: str, floor: dict[str, float]) -> None:
-        parts, total = self.parts["recorded"], self.totals["recorded"]
+    def compare(self, title: str, floor: dict[str, float], way: str) -> None:
+        parts, total, title = self.parts[way], self.totals[way], f"{way}: {title}"
         rows: list[list[Any]] = [["part", "floor ms", "ours ms", "times"]]
         rows += [[part, floor[part], parts[part], parts[part] / floor[part]] for part in PARTS]
         rows.append(["rest", 0.0, total - sum(parts.values()), "-"])
@@ -285,37 +287,58 @@ class Measurement:
         """256 tokens, one a pass, without vision, prefill and decoder; only the visual rows of the head."""
         net, steps = self.case.model, modes.SEQUENTIAL_STEPS
         config, length = net.config.get_text_config(), len(self.case.prompts[0])
-        if way == "recorded":  # room for the rounds to warm up
-            cache = StaticCache(config=config, max_cache_len=-(-(length + 2 * steps) // 128) * 128)
+        warm = 3
+        if way == "recorded":
+            cache = StaticCache(config=config, max_cache_len=rounded_up(length + warm + steps))
         else:
             cache = DynamicCache(config=config)
         self.after_prefill(cache)
-        home = cache
 
-        def step(token: torch.Tensor) -> torch.Tensor:
+        def step(token: torch.Tensor, cache: Any, **inputs: torch.Tensor) -> torch.Tensor:
             embeds = net.get_input_embeddings()(token)
-            hidden = net.model.language_model(inputs_embeds=embeds, past_key_values=home, use_cache=True)
+            hidden = net.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **inputs)
             return net.visual_logits(hidden.last_hidden_state).argmax(-1) + net.config.visual_token_offset
 
         token = torch.tensor([[net.config.gen_start_token_id]], device=self.device)
-        call = step
+        call: Callable[[torch.Tensor], torch.Tensor] = partial(step, cache=cache)
         if way == "recorded":
-            place = Home(cache)
-            place.take_in(cache)
-            home = place.cache
-            recording = Recording(lambda token: step(token), {"token": token}, place.undoing)
-            call = lambda token: recording({"token": token})  # noqa: E731
-        for _ in range(3):
+            call = self.recorded_step(step, cache, token)
+        for _ in range(warm):
             token = call(token)
         begin = now(self.device)
         for _ in range(steps):
             token = call(token)
         taken = 1000 * (now(self.device) - begin)
         self.report.add(f"sequential drawing, {way}: ms for {steps} steps", taken)
-        for ours in ("plain", "static", "recorded"):
+        for ours in self.ways:
             if ours in self.parts:
                 name = f"drawing, {ours} scale passes against {steps} {way} steps: share (at most 0.1)"
                 self.report.add(name, self.parts[ours]["drawing"] / taken)
+
+    def recorded_step(self, step: Callable[..., torch.Tensor], cache: Any, token: torch.Tensor) -> Callable:
+        """One sequential step as a CUDA graph; its mask and positions are made outside."""
+        home = Home(cache)
+        home.take_in(cache)
+        limit = cache.layers[0].get_max_length()
+        columns = torch.arange(limit, device=self.device)
+        lowest = torch.full((limit,), -torch.inf, dtype=self.case.model.dtype, device=self.device)
+
+        def run(token: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            with home.writing(places, limit):
+                return step(token, home.cache, position_ids=places[None], attention_mask=mask[None, None])
+
+        def tensors(token: torch.Tensor) -> dict[str, torch.Tensor]:
+            places = home.places(1)
+            return {"token": token, "places": places, "mask": lowest.masked_fill(columns <= places, 0)[None]}
+
+        recording = Recording(run, tensors(token))
+
+        def call(token: torch.Tensor) -> torch.Tensor:
+            token = recording(tensors(token))
+            home.add(1)
+            return token
+
+        return call
 
     def throughput(self, what: str, shared: bool) -> None:
         report, count = self.report, self.args.count
@@ -336,7 +359,7 @@ class Measurement:
     def released(self) -> None:
         report, case = self.report, self.case
         case.visual_tokenizer.decode_dtype = None
-        run = lambda: modes.released(case, SimpleNamespace(phase=None))  # type: ignore[arg-type] # noqa: E731
+        run = lambda: modes.released(case, SimpleNamespace(phase=None))  # noqa: E731
         with peak_memory(self.device) as peak:
             found = statistics.median(times(run, self.device, 3))
         report.add("released procedure, eager: ms a mask", found)
@@ -357,7 +380,7 @@ class Measurement:
         length = len(case.prompts[0]) + len(case.before)
         embeds = net.get_input_embeddings()(torch.ones(1, length, dtype=torch.long, device=self.device))
         causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.device).tril()
-        codes = self.codes["recorded"]
+        codes = self.codes["plain"]
         case.visual_tokenizer.decode_dtype = torch.bfloat16
 
         def prefill(embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -378,17 +401,19 @@ class Measurement:
             play = lambda recording=recording, tensors=tensors: recording(tensors)  # noqa: E731
             found[part] = statistics.median(times(play, self.device, 7))
             self.report.add(f"{part} as a CUDA graph, ms", found[part])
-        self.compare("strict floor, with vision, prefill and decoder as CUDA graphs", found)
+        for way in ("recorded", "fused"):
+            if way in self.parts:
+                self.compare("strict floor, with vision, prefill and decoder as CUDA graphs", found, way)
 
     def tiny(self) -> None:
         """The small published model, in fp32: ms a mask, and the same ids in all ways."""
         begin = now(self.device)
         self.case = cases.build("tiny", self.args.device, torch.float32)
         self.report.add("tiny: loading, s", now(self.device) - begin)
-        reference = modes.released(self.case, SimpleNamespace(phase=None))  # type: ignore[arg-type]
+        reference = modes.released(self.case, SimpleNamespace(phase=None))
         for way in self.ways:
             differ = int((self.ours(way) != reference).sum())
-            taken = statistics.median(times(lambda way=way: self.ours(way), self.device, 7))
+            taken = statistics.median(times(partial(self.ours, way), self.device, 7))
             self.report.add(f"tiny, {way}: ms a mask", taken)
             self.report.add(f"tiny, {way}: ids that are not the released procedure's, of {reference.numel()}", differ)
         count = self.args.count

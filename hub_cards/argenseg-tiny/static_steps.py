@@ -6,15 +6,19 @@ GPU transformers then compiles by itself; so does each scale here, under the sam
 
 Inductor takes minutes for the graphs of a large model. `CompileConfig(backend="cudagraphs")` compiles nothing: each
 scale is recorded as it is the first time it is drawn, which takes a fraction of a second, and played back afterwards.
+With `options={"fused_norms": True}` torch's own RMS norm, one kernel instead of six, takes the place of the model's in
+recordings. It sums up in another order, which moves no id in fp32 but may where two logits are the same in bf16.
 """
 
-import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -57,8 +61,8 @@ class ScaleGraphs:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"calls": {}}  # a copy of the model compiles its own
 
-    def __call__(self, scale: int, **inputs: Any) -> torch.Tensor:
-        """Hidden states (R, l, hidden) of the queries of one scale."""
+    def __call__(self, scale: int, columns: int, **inputs: Any) -> torch.Tensor:
+        """Hidden states (R, l, hidden) of the queries of one scale; with them the cache holds so many columns."""
         key = scale, inputs["inputs_embeds"].shape[1]
         if key not in self.calls:
             options = self.config.to_dict() | {"dynamic": False}
@@ -100,25 +104,35 @@ class RecordedScales(ScaleGraphs):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"homes": []}
 
-    def __call__(self, scale: int, **inputs: Any) -> torch.Tensor:
-        cache, mask = inputs["past_key_values"], inputs["attention_mask"]
+    def __call__(self, scale: int, columns: int, **inputs: Any) -> torch.Tensor:
+        cache, mask, embeds = inputs["past_key_values"], inputs["attention_mask"], inputs["inputs_embeds"]
         if mask is None or mask.ndim != 4 or any(type(layer) is not StaticLayer for layer in cache.layers):
             _warn("flash attention and sliding layers cannot be recorded")
             return self.language_model(**inputs).last_hidden_state
         if mask.dtype == torch.bool:  # attention would do so in every layer
-            zeros = torch.zeros(mask.shape, dtype=inputs["inputs_embeds"].dtype, device=mask.device)
-            inputs["attention_mask"] = zeros.masked_fill_(~mask, -torch.inf)
+            zeros = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device)
+            inputs["attention_mask"] = mask = zeros.masked_fill_(~mask, -torch.inf)
         home = self._home(cache)
         home.take_in(cache)
         weights = [weight.data_ptr() for weight in self.language_model.parameters()]
         if home.weights != weights:
             home.graphs, home.weights = {}, weights
-        tensors = {name: inputs[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
-        key = scale, inputs["inputs_embeds"].shape[1]
+        limit = min(rounded_up(columns), mask.shape[-1])
+        tensors = {
+            "inputs_embeds": embeds,
+            "attention_mask": mask[..., :limit],
+            "position_ids": inputs["position_ids"],
+            "places": home.places(embeds.shape[1]),
+        }
+        key = scale, embeds.shape[1], limit
         if key not in home.graphs:
-            home.graphs[key] = self._recorded(home, tensors)
+            home.graphs[key] = self._recorded(home, limit, tensors)
         graph = home.graphs[key]
-        return self.language_model(**inputs).last_hidden_state if graph is None else graph(tensors)
+        if graph is None:
+            return self.language_model(**inputs).last_hidden_state
+        hidden = graph(tensors)
+        home.add(embeds.shape[1])
+        return hidden
 
     def _home(self, cache: Cache) -> "Home":
         home = next((home for home in self.homes if home.fits(cache)), None)
@@ -129,36 +143,53 @@ class RecordedScales(ScaleGraphs):
         self.homes = [home, *self.homes][:HOMES]
         return home
 
-    def _recorded(self, home: "Home", tensors: dict[str, torch.Tensor]) -> "Recording | None":
-        """None if it cannot be done; the cache is left as it was."""
+    def _recorded(self, home: "Home", limit: int, tensors: dict[str, torch.Tensor]) -> "Recording | None":
+        """None if it cannot be done."""
+        fused = bool((self.config.options or {}).get("fused_norms"))
 
-        def run(**fixed: torch.Tensor) -> torch.Tensor:
-            return self.language_model(**fixed, past_key_values=home.cache, use_cache=True).last_hidden_state
+        def run(places: torch.Tensor, **fixed: torch.Tensor) -> torch.Tensor:
+            with home.writing(places, limit), fused_norms(self.language_model) if fused else nullcontext():
+                return self.language_model(**fixed, past_key_values=home.cache, use_cache=True).last_hidden_state
 
         try:
-            return Recording(run, tensors, home.undoing, self.record)
+            return Recording(run, tensors, self.record)
         except Exception as error:  # of the driver, of the allocator, of a model that reads values on the host
             _warn(f"a scale could not be recorded as a CUDA graph ({type(error).__name__}: {error})")
             return None
 
 
+class HomeLayer(StaticLayer):
+    """A layer of a `Home`: told where to write, it does not count, and shows no more columns than need be looked at."""
+
+    def __init__(self, layer: StaticLayer) -> None:
+        super().__init__(layer.max_cache_len)
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
+        self.cumulative_length = torch.zeros_like(layer.cumulative_length)
+        self.places: torch.Tensor | None = None
+        self.limit = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys.index_copy_(2, self.places, key_states)
+        self.values.index_copy_(2, self.places, value_states)
+        return self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
+
+
 class Home:
     """Storage for the contents of one static cache at a time, at addresses that do not change.
 
-    Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length);
-    `weights`, the addresses of the weights in these recordings.
+    Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length,
+    columns looked at); `weights`, the addresses of the weights in these recordings.
     """
 
     def __init__(self, cache: Cache) -> None:
-        self.cache = copy.copy(cache)
-        self.cache.layers = [copy.copy(layer) for layer in cache.layers]
-        self.graphs: dict[tuple[int, int], Recording | None] = {}
+        self.graphs: dict[tuple[int, int, int], Recording | None] = {}
         self.weights: list[int] = []
         self._tenant: Callable[[], Cache | None] = lambda: None
         with torch.inference_mode(False):
-            for layer in self.cache.layers:
-                layer.keys, layer.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
-                layer.cumulative_length = torch.zeros_like(layer.cumulative_length)
+            self.cache = Cache(layers=[HomeLayer(layer) for layer in cache.layers])
 
     def fits(self, cache: Cache) -> bool:
         own, other = _storage(self.cache), _storage(cache)
@@ -180,14 +211,22 @@ class Home:
         _settle(cache, own)
         self._tenant = weakref.ref(cache)
 
-    def undoing(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Runs a pass and sets the cache back to the columns that it held."""
-        lengths = [layer.cumulative_length for layer in self.cache.layers]
-        held = [length.clone() for length in lengths]
-        try:
-            return run()
-        finally:
-            torch._foreach_copy_(lengths, held)
+    def places(self, count: int) -> torch.Tensor:
+        """Where the next columns are written (count,)."""
+        held = self.cache.layers[0].cumulative_length
+        return torch.arange(count, device=held.device) + held
+
+    def add(self, count: int) -> None:
+        """So many columns have been written."""
+        with torch.no_grad():
+            torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], count)
+
+    @contextmanager
+    def writing(self, places: torch.Tensor, limit: int) -> Iterator[None]:
+        """Passes over `cache` write there, and look at the first `limit` columns."""
+        for layer in self.cache.layers:
+            layer.places, layer.limit = places, limit
+        yield
 
 
 def _storage(cache: Cache) -> list[torch.Tensor]:
@@ -203,29 +242,21 @@ class Recording:
     """A function of tensors that has been recorded once: its inputs are copied to where it reads, and it is played.
 
     Args:
-        run: the function, of named tensors.
+        run: the function, of named tensors; to do it twice must be the same as once.
         tensors: inputs of the shapes that it will always have.
-        undoing: calls what it is given, and takes back what that changed beside its result.
         record: as `record_cuda_graph`.
     """
 
     def __init__(
-        self,
-        run: Callable[..., torch.Tensor],
-        tensors: dict[str, torch.Tensor],
-        undoing: Callable[[Callable], Any] = lambda run: run(),
-        record: Callable | None = None,
+        self, run: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], record: Callable | None = None
     ) -> None:
-        record = record or record_cuda_graph
         with torch.inference_mode(False), torch.no_grad():  # to be written to inside and outside of inference mode
             self.tensors = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 for name, tensor in tensors.items()
             }
-            for name, tensor in tensors.items():
-                self.tensors[name].copy_(tensor)
             device = next(iter(tensors.values())).device
-            self._play = record(lambda: run(**self.tensors), undoing, device)
+            self._play = (record or record_cuda_graph)(lambda: run(**self.tensors), device)
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
@@ -234,12 +265,11 @@ class Recording:
             return self._play().clone()  # the next result comes to the same place
 
 
-_pools: dict[torch.device, tuple[Any, Any]] = {}
+_graphs: "weakref.WeakKeyDictionary[Any, torch.device]" = weakref.WeakKeyDictionary()  # all that are alive
+_streams: dict[torch.device, Any] = {}
 
 
-def record_cuda_graph(
-    run: Callable[[], torch.Tensor], undoing: Callable[[Callable], Any], device: torch.device
-) -> Callable[[], torch.Tensor]:
+def record_cuda_graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     """Records a function without arguments. Returns what plays it, and has its result at the same place every time.
 
     It runs once before, so that libraries allocate and load what they need. All graphs of a device share their memory
@@ -248,26 +278,49 @@ def record_cuda_graph(
     if device.type != "cuda":
         return run
     with torch.cuda.device(device):
-        if device not in _pools:
-            _pools[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        pool, stream = _pools[device]
+        stream = _streams.setdefault(device, torch.cuda.Stream())
         current = torch.cuda.current_stream()
+        # memory may be shared with a graph that is alive only
+        pool = next((other.pool() for other, place in _graphs.items() if place == device), None)
         graph = torch.cuda.CUDAGraph()
         try:
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                undoing(run)
+                run()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = run()
         finally:
             torch.cuda.set_stream(current)  # torch does not when the end of a recording fails
             current.wait_stream(stream)
+    _graphs[graph] = device
 
     def play() -> torch.Tensor:
         graph.replay()
         return result
 
     return play
+
+
+@contextmanager
+def fused_norms(model: nn.Module) -> Iterator[None]:
+    """While inside, the RMS norms of a model that are computed as Llama's are torch's own."""
+    norms = [module for module in model.modules() if _is_plain_norm(module)]
+    for norm in norms:
+        norm.forward = _fused(norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+    return named and isinstance(getattr(module, "weight", None), torch.Tensor) and "forward" not in vars(module)
+
+
+def _fused(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda hidden: norm.weight * F.rms_norm(hidden, hidden.shape[-1:], eps=norm.variance_epsilon)
 
 
 def _warn(what: str) -> None:

@@ -22,7 +22,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     cases = sys.modules["benchmarks.cases"]
-    small = cases.layers(1, 32, 2, 32, num_key_value_heads=2)
+    small = cases.layers(1, 32, 2, 32, num_key_value_heads=1)
     monkeypatch.setitem(cases.SIZES, "reference", cases.Size(small, cases.layers(1, 32, 2, 32)))
     narrow = partial(VARTokenizerConfig, base_channels=8, norm_num_groups=8)
     monkeypatch.setattr(cases, "VARTokenizerConfig", narrow)
@@ -39,18 +39,26 @@ def figures(gpu: ModuleType, folder: Path, *more: str) -> dict:
 
 
 def test_all_steps_run(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    found = figures(gpu, tmp_path)
+    steps = gpu.Measurement(gpu.Report(None, 1), gpu.make_parser().parse_args([])).steps()
+    found = figures(gpu, tmp_path, "--only", *[name for name in steps if not name.startswith("tiny")])
     assert not [name for name in found if name.startswith(("failed", "skipped"))]
-    assert found["recorded passes, and refused"] == [18, 0]  # one row, and two
+    assert found["recorded passes, and refused"] == [9, 0]  # of the last: two rows, images and prompts alike
     differ = {name: value for name, value in found.items() if "ids that" in name and "same" not in name}
     assert len(differ) == 6 and set(differ.values()) == {0}
-    rows = {row[0]: row[1:] for row in found["floor, with vision, prefill and decoder as they run"][1:]}
+    rows = {row[0]: row[1:] for row in found["recorded: floor, with vision, prefill and decoder as they run"][1:]}
     assert rows["vision"][0] == rows["vision"][1] and rows["vision"][2] == 1
     parts = [rows[part] for part in gpu.PARTS]
     assert rows["total"][0] == pytest.approx(sum(part[0] for part in parts))
     assert rows["total"][1] == pytest.approx(sum(part[1] for part in parts) + rows["rest"][1])
     assert found["2 prompts, recorded: masks/s"] == pytest.approx(2000 / found["2 prompts, recorded: ms"])
     assert "| total |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_small_model(gpu: ModuleType, tmp_path: Path) -> None:
+    found = figures(gpu, tmp_path, "--only", "tiny", "tiny compiled")
+    differ = [value for name, value in found.items() if name.startswith("tiny") and "ids that" in name]
+    assert differ == [0] * 4 and found["tiny, recorded: ms a mask"] > 0
 
 
 def test_what_does_not_fit_is_skipped(gpu: ModuleType, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from tiny import left_padded
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
 from transformers import CompileConfig
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg.static_steps import fused_norms
 from processing import ARGenSegProcessor
 
 PROMPTS = [REQUESTS[0], *ABSENT, BOTH, REQUESTS[1]]
@@ -232,6 +234,15 @@ class TestStatic:
         assert not counters["graph_break"]
 
 
+class NoHost(TorchDispatchMode):
+    """Fails where a recording on a GPU would: at values that are read, or come from, outside."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert not any(part in name for part in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.")), name
+        return func(*args, **(kwargs or {}))
+
+
 class TestRecorded:
     """Everything but the recording itself: without a GPU, playing a graph is running it on its fixed tensors."""
 
@@ -266,9 +277,10 @@ class TestRecorded:
         run(model, alone, **options)
         model._scale_graphs.homes = []
 
-        def record(call, undoing, device):
+        def record(call, device):
             """Gives what a graph would: the first result's place, from the places that the first run read."""
-            place = undoing(call)
+            with NoHost():
+                place = call()
 
             def play() -> torch.Tensor:
                 played.append(place.data_ptr())
@@ -296,14 +308,30 @@ class TestRecorded:
         model, alone = load(toy_folder), single(inputs, 0)
         plain = answers(run(model, alone), alone)
 
-        def refuse(call, undoing, device):
-            undoing(call)
+        def refuse(call, device):
+            call()
             raise RuntimeError("operation not permitted when stream is capturing")
 
         run(model, alone, **options)
         model._scale_graphs.record, model._scale_graphs.homes = refuse, []
         with pytest.warns(UserWarning, match="could not be recorded.*not permitted"):
             assert answers(run(model, alone, **options), alone) == plain
+
+    def test_fused_norms(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        plain = answers(run(model, alone), alone)
+        options["compile_config"].options = {"fused_norms": True}
+        calls: list[Any] = []
+        norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+        for _ in range(2):
+            assert answers(run(model, alone, **options), alone) == [plain[0]]
+        assert norms and not any("forward" in vars(norm) for norm in norms)
+        with fused_norms(model):
+            assert all("forward" in vars(norm) for norm in norms)
+            hidden = torch.randn(2, 3, norms[0].weight.shape[0])
+            calls = [norm(hidden) for norm in norms]
+        for norm, found in zip(norms, calls, strict=True):
+            torch.testing.assert_close(found, norm(hidden))
 
     def test_weights_that_moved_are_recorded_anew(self, toy_folder, inputs, options) -> None:
         model, alone = load(toy_folder), single(inputs, 0)
