@@ -114,9 +114,11 @@ class RecordedScales(ScaleGraphs):
             inputs["attention_mask"] = mask = zeros.masked_fill_(~mask, -torch.inf)
         home = self._home(cache)
         home.take_in(cache)
-        weights = [weight.data_ptr() for weight in self.language_model.parameters()]
-        if home.weights != weights:
-            home.graphs, home.weights = {}, weights
+        if scale <= home.scale:  # a new picture; between its scales nothing changes
+            weights = [weight.data_ptr() for weight in self.language_model.parameters()]
+            if home.weights != weights:
+                home.graphs, home.weights = {}, weights
+        home.scale = scale
         limit = min(rounded_up(columns), mask.shape[-1])
         tensors = {
             "inputs_embeds": embeds,
@@ -147,9 +149,12 @@ class RecordedScales(ScaleGraphs):
         """None if it cannot be done."""
         fused = bool((self.config.options or {}).get("fused_norms"))
 
+        language_model, cache = self.language_model, home.cache
+
         def run(places: torch.Tensor, **fixed: torch.Tensor) -> torch.Tensor:
-            with home.writing(places, limit), fused_norms(self.language_model) if fused else nullcontext():
-                return self.language_model(**fixed, past_key_values=home.cache, use_cache=True).last_hidden_state
+            write_to(cache, places, limit)
+            with fused_norms(language_model) if fused else nullcontext():
+                return language_model(**fixed, past_key_values=cache, use_cache=True).last_hidden_state
 
         try:
             return Recording(run, tensors, self.record)
@@ -181,12 +186,13 @@ class Home:
     """Storage for the contents of one static cache at a time, at addresses that do not change.
 
     Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length,
-    columns looked at); `weights`, the addresses of the weights in these recordings.
+    columns looked at); `weights`, the addresses of the weights in these recordings; `scale`, of the last pass.
     """
 
     def __init__(self, cache: Cache) -> None:
         self.graphs: dict[tuple[int, int, int], Recording | None] = {}
         self.weights: list[int] = []
+        self.scale: float = float("inf")  # whatever comes first begins a picture
         self._tenant: Callable[[], Cache | None] = lambda: None
         with torch.inference_mode(False):
             self.cache = Cache(layers=[HomeLayer(layer) for layer in cache.layers])
@@ -221,12 +227,11 @@ class Home:
         with torch.no_grad():
             torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], count)
 
-    @contextmanager
-    def writing(self, places: torch.Tensor, limit: int) -> Iterator[None]:
-        """Passes over `cache` write there, and look at the first `limit` columns."""
-        for layer in self.cache.layers:
-            layer.places, layer.limit = places, limit
-        yield
+
+def write_to(cache: Cache, places: torch.Tensor, limit: int) -> None:
+    """Passes over the cache of a `Home` write there from now on, and look at the first `limit` columns."""
+    for layer in cache.layers:
+        layer.places, layer.limit = places, limit
 
 
 def _storage(cache: Cache) -> list[torch.Tensor]:
@@ -251,12 +256,12 @@ class Recording:
         self, run: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], record: Callable | None = None
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():  # to be written to inside and outside of inference mode
-            self.tensors = {
+            self.tensors = fixed = {
                 name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
                 for name, tensor in tensors.items()
             }
             device = next(iter(tensors.values())).device
-            self._play = (record or record_cuda_graph)(lambda: run(**self.tensors), device)
+            self._play = (record or record_cuda_graph)(lambda: run(**fixed), device)
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():

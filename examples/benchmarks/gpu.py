@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import cases, modes
 from benchmarks.floors import copy_bandwidth
 from benchmarks.stopwatch import peak_memory
-from modeling_argenseg.static_steps import Home, Recording, rounded_up
+from modeling_argenseg.static_steps import Home, Recording, rounded_up, write_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARTS = ("vision", "prefill", "drawing", "decoder")
@@ -173,7 +173,7 @@ class Measurement:
         """Name -> (seconds that it may take for 8B, what to run). First what no CUDA graph can spoil."""
         return {
             "build": (0, self.build),
-            "plain": (3, lambda: self.one_prompt("plain", 3)),
+            "plain": (4, lambda: self.one_prompt("plain", 3)),
             "released": (5, self.released),
             "recorded": (4, lambda: self.one_prompt("recorded", 7)),
             "static": (3, lambda: self.one_prompt("static", 2)),
@@ -183,6 +183,7 @@ class Measurement:
             "images": (6, lambda: self.throughput("images", shared=False)),
             "sequential eager": (10, lambda: self.sequential("plain")),
             "strict floor": (3, self.strict_floor),
+            "linear maps": (2, self.linear_maps),
             "tiny": (6, self.tiny),
             "tiny compiled": (25, self.tiny_compiled),
         }
@@ -243,6 +244,7 @@ class Measurement:
             measured = {part: self.parts[way][part] for part in PARTS if part != "drawing"}
             floor = measured | {"drawing": self.drawing_floor()}
             self.compare("floor, with vision, prefill and decoder as they run", floor, way)
+            self.each_pass(way)
         if way == "plain":
             same = torch.equal(self.ours(way), self.codes[way])
             report.add("ids are the same in a second plain run", same)
@@ -252,6 +254,35 @@ class Measurement:
         graphs = [graph for home in homes for graph in home.graphs.values()]
         good = sum(graph is not None for graph in graphs)
         self.report.add("recorded passes, and refused", [good, len(graphs) - good])
+
+    def each_pass(self, way: str) -> None:
+        """Milliseconds of the recorded pass of each scale, by its length, played alone."""
+        graphs = self.case.model._scale_graphs.homes[0].graphs
+        played = {
+            f"{length} of {limit} columns": round(statistics.median(times(graph._play, self.device, 5)), 3)
+            for (_, length, limit), graph in sorted(graphs.items())
+            if graph is not None
+        }
+        self.report.add(f"one prompt, {way}: ms of each recorded pass", played)
+
+    @torch.inference_mode()
+    def linear_maps(self) -> None:
+        """The layers' products with their weights and nothing else, which no pass can undercut with these libraries."""
+        layers, dtype = self.case.model.model.language_model.layers, self.case.model.dtype
+        weights = [module.weight for module in layers.modules() if isinstance(module, torch.nn.Linear)]
+        size = sum(weight.numel() * weight.element_size() for weight in weights)
+        for rows in (4, 25, 100, 256):
+            inputs = {
+                str(width): torch.randn(1, rows, width, dtype=dtype, device=self.device)
+                for width in {weight.shape[1] for weight in weights}
+            }
+
+            def run(**inputs: torch.Tensor) -> torch.Tensor:
+                return [torch.nn.functional.linear(inputs[str(w.shape[1])], w) for w in weights][-1]
+
+            taken = statistics.median(times(partial(Recording(run, inputs), inputs), self.device, 5))
+            self.report.add(f"linear maps of one pass alone, {rows} rows: ms", taken)
+            self.report.add(f"linear maps of one pass alone, {rows} rows: GB/s", size / taken / 1e6)
 
     def drawing_floor(self) -> float:
         """Milliseconds to read all weights that drawing one picture reads."""
@@ -324,8 +355,8 @@ class Measurement:
         lowest = torch.full((limit,), -torch.inf, dtype=self.case.model.dtype, device=self.device)
 
         def run(token: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            with home.writing(places, limit):
-                return step(token, home.cache, position_ids=places[None], attention_mask=mask[None, None])
+            write_to(home.cache, places, limit)
+            return step(token, home.cache, position_ids=places[None], attention_mask=mask[None, None])
 
         def tensors(token: torch.Tensor) -> dict[str, torch.Tensor]:
             places = home.places(1)
