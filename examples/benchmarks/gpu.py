@@ -35,6 +35,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all there is to load is here; asking costs seconds of those given
+
 import torch
 import transformers
 from transformers import CompileConfig, DynamicCache, StaticCache

@@ -166,6 +166,8 @@ class RecordedScales(ScaleGraphs):
 class HomeLayer(StaticLayer):
     """A layer of a `Home`: told where to write, it does not count, and shows no more columns than need be looked at."""
 
+    _layer_type = None  # not one that transformers should make of a configuration
+
     def __init__(self, layer: StaticLayer) -> None:
         super().__init__(layer.max_cache_len)
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True

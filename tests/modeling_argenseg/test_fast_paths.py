@@ -5,7 +5,10 @@ The model has learned its answers (see toy.py), so that drafts are kept, cut and
 
 import copy
 import threading
+import weakref
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
 from transformers import CompileConfig
 
-from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg import ARGenSegForConditionalGeneration, static_steps
 from modeling_argenseg.static_steps import fused_norms
 from processing import ARGenSegProcessor
 
@@ -342,6 +345,78 @@ class TestRecorded:
         run(model, alone, **options)
         assert not set(before) & set(model._scale_graphs.homes[0].graphs.values())
         assert copy.deepcopy(model)._scale_graphs.homes == []
+
+
+class FakeCuda:
+    """What `record_cuda_graph` calls of torch.cuda. Notes the order, and on which stream the work is given."""
+
+    class CUDAGraph:
+        def pool(self) -> str:
+            return f"pool of {id(self)}"
+
+        def replay(self) -> None:
+            pass
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream_now, self.log = "main", []
+        self.fails = False
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "CUDAGraph", self.CUDAGraph)
+        monkeypatch.setattr(cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(cuda, "Stream", lambda: self.named("side"))
+        monkeypatch.setattr(cuda, "current_stream", lambda: self.named(self.stream_now))
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream_now", stream.name))
+        monkeypatch.setattr(cuda, "stream", self.stream)
+        monkeypatch.setattr(cuda, "graph", self.graph)
+        monkeypatch.setattr(static_steps, "_streams", {})
+        monkeypatch.setattr(static_steps, "_graphs", weakref.WeakKeyDictionary())
+
+    def named(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        before, self.stream_now = self.stream_now, stream.name
+        yield
+        self.stream_now = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        """As torch's: where the end fails, the stream stays as it is."""
+        self.stream_now, self.pool = stream.name, pool
+        self.log.append("recording")
+        yield
+        if self.fails:
+            raise RuntimeError("the recording was invalidated")
+        self.stream_now = "main"
+
+
+class TestRecordingOnCuda:
+    """The order of calls, with torch.cuda replaced."""
+
+    def test_order_and_memory(self, monkeypatch) -> None:
+        fake = FakeCuda(monkeypatch)
+
+        def work() -> torch.Tensor:
+            fake.log.append(f"work on {fake.stream_now}")
+            return torch.ones(2)
+
+        device = torch.device("cuda:0")
+        play = static_steps.record_cuda_graph(work, device)
+        assert fake.log == ["side waits for main", "work on side", "recording", "work on side", "main waits for side"]
+        assert fake.pool is None and play() is play() and fake.stream_now == "main"
+        static_steps.record_cuda_graph(work, device)  # is dropped at once
+        assert fake.pool.startswith("pool of") and len(static_steps._graphs) == 1
+        del play
+        static_steps.record_cuda_graph(work, device)
+        assert fake.pool is None  # nothing to share memory with is alive
+
+    def test_a_recording_that_fails_gives_the_stream_back(self, monkeypatch) -> None:
+        fake = FakeCuda(monkeypatch)
+        fake.fails = True
+        with pytest.raises(RuntimeError, match="invalidated"):
+            static_steps.record_cuda_graph(lambda: torch.ones(2), torch.device("cuda:0"))
+        assert fake.stream_now == "main" and not static_steps._graphs
 
 
 class TestPreviews:
