@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .generation_rows import Rows
 from .picture_streamer import PartialPicture, PictureStreamer
-from .static_steps import ScaleGraphs, with_room
+from .static_steps import ScaleGraphs, scale_graphs, with_room
 
 
 class DrawingMixin:
@@ -106,7 +106,7 @@ class DrawingMixin:
                 text_config, embeds, rows.mask, past_key_values=cache, block_sequence_ids=blocks
             )
         if compiles:
-            return self._graphs(generation_config)(scale, **inputs)
+            return self._graphs(generation_config)(scale, used + embeds.shape[1], **inputs)
         return self.model(**inputs, return_dict=True).last_hidden_state
 
     def _compiles(self, rows: Rows, generation_config: GenerationConfig) -> bool:
@@ -115,7 +115,7 @@ class DrawingMixin:
     def _graphs(self, generation_config: GenerationConfig) -> ScaleGraphs:
         config, graphs = generation_config.compile_config, self._scale_graphs
         if graphs is None or (config is not None and graphs.config != config):
-            self._scale_graphs = graphs = ScaleGraphs(self.model.language_model, config)
+            self._scale_graphs = graphs = scale_graphs(self.model.language_model, config)
         return graphs
 
     def _choose_visual(

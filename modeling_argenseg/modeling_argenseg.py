@@ -160,15 +160,14 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
 
     def embed_queries(self, features: torch.Tensor, first_scale: int, last_scale: int) -> torch.Tensor:
         """Query embeddings of the scales first..last (0-based) from their features (N, tokens of these scales, D)."""
-        patch_nums = self.config.patch_nums
-        sizes = torch.tensor([side * side for side in patch_nums], device=features.device)
-        scales = torch.arange(first_scale, last_scale + 1, device=features.device)
-        scales = scales.repeat_interleave(sizes[first_scale : last_scale + 1])
-        start = int(sizes[:first_scale].sum())
-        positions = torch.arange(start, start + features.shape[1], device=features.device)
+        sizes, device = [side * side for side in self.config.patch_nums], features.device
+        # made where they are used, by numbers known here: a GPU need not be waited for
+        scales = [torch.full((sizes[k],), k, device=device) for k in range(first_scale, last_scale + 1)]
+        start = sum(sizes[:first_scale])
+        positions = torch.arange(start, start + features.shape[1], device=device)
         projector = self.generation_projector
         projected = projector(features.to(projector[0].weight.dtype))
-        added = self.scale_embedding(scales) + self.position_embedding(positions)
+        added = self.scale_embedding(torch.cat(scales)) + self.position_embedding(positions)
         return projected.to(added.dtype) + added
 
     def embed_stream(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from .generation_prefill import PrefillMixin
 from .generation_rows import Rows
 from .picture_streamer import PictureStream
 from .shared_prefix import EncodedImage
-from .static_steps import rounded_up, with_room
+from .static_steps import records, rounded_up, with_room
 
 PICTURE_DEFAULTS: dict[str, Any] = {
     "picture_guidance_scale": 0.0,
@@ -187,7 +187,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         draft = self._draft(rows, generation_config, logits_processor, criteria)
         logits = self._begin(rows, draft, generation_config, streamer)
         forward = self
-        if self._compiles(rows, generation_config):
+        if self._compiles(rows, generation_config) and not records(generation_config.compile_config):
             forward = self.get_compiled_call(generation_config.compile_config)
         while True:
             if bool(rows.running.any()):

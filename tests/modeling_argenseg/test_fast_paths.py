@@ -3,17 +3,23 @@
 The model has learned its answers (see toy.py), so that drafts are kept, cut and refused by its own choice.
 """
 
+import copy
 import threading
+import weakref
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import left_padded
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
 from transformers import CompileConfig
 
-from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg import ARGenSegForConditionalGeneration, static_steps
+from modeling_argenseg.static_steps import fused_norms
 from processing import ARGenSegProcessor
 
 PROMPTS = [REQUESTS[0], *ABSENT, BOTH, REQUESTS[1]]
@@ -229,6 +235,188 @@ class TestStatic:
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [len(SIZES) - 1] * 3
         assert not counters["graph_break"]
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where a recording on a GPU would: at values that are read, or come from, outside."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        assert not any(part in name for part in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal.")), name
+        return func(*args, **(kwargs or {}))
+
+
+class TestRecorded:
+    """Everything but the recording itself: without a GPU, playing a graph is running it on its fixed tensors."""
+
+    @pytest.fixture
+    def options(self, processor) -> dict[str, Any]:
+        config = CompileConfig(backend="cudagraphs")
+        config._compile_all_devices = True
+        ids = processor.picture_answer_ids
+        return {"cache_implementation": "static", "compile_config": config, "picture_answer_ids": ids}
+
+    @both_scales
+    @every_attention
+    def test_same_ids(self, toy_folder, processor, inputs, options, attention, scale_attention) -> None:
+        model = load(toy_folder, attention, scale_attention)
+        plain = answers(run(model, inputs), inputs)
+        encoded = model.encode_image(**single(inputs, 1))
+        for _ in range(2):  # recorded, and played; all rows, then one after the other, one with two pictures
+            assert answers(run(model, inputs, **options), inputs) == plain
+            assert answers(run(model, inputs, encoded_image=encoded, **options), inputs) == plain
+            for row in (0, 3, 4):
+                alone = single(inputs, row)
+                with torch.inference_mode(row == 3):
+                    assert answers(run(model, alone, **options), alone) == [plain[row]]
+        homes = model._scale_graphs.homes
+        assert [home.cache.layers[0].keys.shape[0] for home in homes] == [1, 5]
+        assert all(None not in home.graphs.values() for home in homes)
+
+    def test_one_recording_a_scale_reads_fixed_places(self, toy_folder, processor, inputs, options) -> None:
+        model, played = load(toy_folder), []
+        alone, other = single(inputs, 0), single(inputs, 4)
+        plain = [answers(run(model, one), one) for one in (alone, other)]
+        run(model, alone, **options)
+        model._scale_graphs.homes = []
+
+        def record(call, device):
+            """Gives what a graph would: the first result's place, from the places that the first run read."""
+            with NoHost():
+                place = call()
+
+            def play() -> torch.Tensor:
+                played.append(place.data_ptr())
+                return place.copy_(call())
+
+            return play
+
+        model._scale_graphs.record = record
+        lengths = passes(model)
+        for one, expected in zip((alone, other, alone), [*plain, plain[0]], strict=True):
+            assert answers(run(model, one, **options), one) == expected
+        assert len(played) == 3 * 3 and len(set(played)) == 3 and len(model._scale_graphs.homes) == 1
+        assert len(lengths) == 3 * (1 + 3) + 3  # three prefills, three pictures, and each scale once to be recorded
+
+    def test_caches_that_were_handed_out_stay_as_they_are(self, toy_folder, inputs, options) -> None:
+        model, first, second = load(toy_folder), single(inputs, 0), single(inputs, 4)
+        kept = run(model, first, **options)
+        held = [layer.keys.clone() for layer in kept.past_key_values.layers]
+        used = [int(layer.cumulative_length) for layer in kept.past_key_values.layers]
+        run(model, second, **options)
+        for keys, length, layer in zip(held, used, kept.past_key_values.layers, strict=True):
+            assert torch.equal(layer.keys, keys) and int(layer.cumulative_length) == length
+
+    def test_what_cannot_be_recorded_runs_as_usual(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        plain = answers(run(model, alone), alone)
+
+        def refuse(call, device):
+            call()
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        run(model, alone, **options)
+        model._scale_graphs.record, model._scale_graphs.homes = refuse, []
+        with pytest.warns(UserWarning, match="could not be recorded.*not permitted"):
+            assert answers(run(model, alone, **options), alone) == plain
+
+    def test_fused_norms(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        plain = answers(run(model, alone), alone)
+        options["compile_config"].options = {"fused_norms": True}
+        calls: list[Any] = []
+        norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+        for _ in range(2):
+            assert answers(run(model, alone, **options), alone) == [plain[0]]
+        assert norms and not any("forward" in vars(norm) for norm in norms)
+        with fused_norms(model):
+            assert all("forward" in vars(norm) for norm in norms)
+            hidden = torch.randn(2, 3, norms[0].weight.shape[0])
+            calls = [norm(hidden) for norm in norms]
+        for norm, found in zip(norms, calls, strict=True):
+            torch.testing.assert_close(found, norm(hidden))
+
+    def test_weights_that_moved_are_recorded_anew(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        run(model, alone, **options)
+        before = list(model._scale_graphs.homes[0].graphs.values())
+        norm = model.model.language_model.norm
+        norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
+        run(model, alone, **options)
+        assert not set(before) & set(model._scale_graphs.homes[0].graphs.values())
+        assert copy.deepcopy(model)._scale_graphs.homes == []
+
+
+class FakeCuda:
+    """What `record_cuda_graph` calls of torch.cuda. Notes the order, and on which stream the work is given."""
+
+    class CUDAGraph:
+        def pool(self) -> str:
+            return f"pool of {id(self)}"
+
+        def replay(self) -> None:
+            pass
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream_now, self.log = "main", []
+        self.fails = False
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "CUDAGraph", self.CUDAGraph)
+        monkeypatch.setattr(cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(cuda, "Stream", lambda: self.named("side"))
+        monkeypatch.setattr(cuda, "current_stream", lambda: self.named(self.stream_now))
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream_now", stream.name))
+        monkeypatch.setattr(cuda, "stream", self.stream)
+        monkeypatch.setattr(cuda, "graph", self.graph)
+        monkeypatch.setattr(static_steps, "_streams", {})
+        monkeypatch.setattr(static_steps, "_graphs", weakref.WeakKeyDictionary())
+
+    def named(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+
+    @contextmanager
+    def stream(self, stream: Any) -> Any:
+        before, self.stream_now = self.stream_now, stream.name
+        yield
+        self.stream_now = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Any:
+        """As torch's: where the end fails, the stream stays as it is."""
+        self.stream_now, self.pool = stream.name, pool
+        self.log.append("recording")
+        yield
+        if self.fails:
+            raise RuntimeError("the recording was invalidated")
+        self.stream_now = "main"
+
+
+class TestRecordingOnCuda:
+    """The order of calls, with torch.cuda replaced."""
+
+    def test_order_and_memory(self, monkeypatch) -> None:
+        fake = FakeCuda(monkeypatch)
+
+        def work() -> torch.Tensor:
+            fake.log.append(f"work on {fake.stream_now}")
+            return torch.ones(2)
+
+        device = torch.device("cuda:0")
+        play = static_steps.record_cuda_graph(work, device)
+        assert fake.log == ["side waits for main", "work on side", "recording", "work on side", "main waits for side"]
+        assert fake.pool is None and play() is play() and fake.stream_now == "main"
+        static_steps.record_cuda_graph(work, device)  # is dropped at once
+        assert fake.pool.startswith("pool of") and len(static_steps._graphs) == 1
+        del play
+        static_steps.record_cuda_graph(work, device)
+        assert fake.pool is None  # nothing to share memory with is alive
+
+    def test_a_recording_that_fails_gives_the_stream_back(self, monkeypatch) -> None:
+        fake = FakeCuda(monkeypatch)
+        fake.fails = True
+        with pytest.raises(RuntimeError, match="invalidated"):
+            static_steps.record_cuda_graph(lambda: torch.ones(2), torch.device("cuda:0"))
+        assert fake.stream_now == "main" and not static_steps._graphs
 
 
 class TestPreviews:
