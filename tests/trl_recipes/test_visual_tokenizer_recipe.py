@@ -44,6 +44,12 @@ def half(side: int) -> np.ndarray:
     return np.broadcast_to(np.arange(side) < side // 2, (1, side, side))
 
 
+def test_fewer_masks_than_the_cache_has_are_of_all_presets(bank_folder, tmp_path):
+    cache = tmp_path / "masks.npy"
+    masks = compose_masks(bank_folder, "train", 11, seed=0, cache=cache)
+    assert np.array_equal(compose_masks(bank_folder, "train", 3, seed=0, cache=cache), masks[[0, 5, 10]])
+
+
 def test_masks_are_the_same_for_any_number_of_processes(bank_folder):
     alone, shared = (compose_masks(bank_folder, "train", 70, seed=0, workers=workers) for workers in (1, 3))
     assert np.array_equal(alone, shared)
