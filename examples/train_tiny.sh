@@ -46,7 +46,7 @@ fi
 stage visual_tokenizer "$PYTHON" -m trl_recipes.train_visual_tokenizer --bank "$BANK" \
     --output_dir "$OUT/visual_tokenizer" --max_steps "$TOKENIZER_STEPS" --autoencoder_steps $((TOKENIZER_STEPS * 2 / 5)) \
     --joint_steps $((TOKENIZER_STEPS * 9 / 20)) --channel_multipliers 1 2 6 12 --patch_nums 1 2 4 8 16 \
-    --vocab_size 4096 --fit_pictures 4096 --rate_weight 0.04 0.04 0.04 0.035 0.035 --scale_dropout 0.1 \
+    --vocab_size 4096 --fit_pictures 4096 --rate_weight 0.03 0.03 0.03 0.025 0.015 --scale_dropout 0.1 \
     --per_device_train_batch_size "$MASKS" --learning_rate 1.2e-3 --max_grad_norm 0.2 --save_steps "$SAVE_STEPS" \
     $TRAIN_OPTIONS $TOKENIZER_OPTIONS
 

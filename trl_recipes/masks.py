@@ -57,7 +57,8 @@ def compose_masks(
     """
     packed = np.load(cache, mmap_mode="r") if cache is not None and cache.exists() else ()
     if len(packed) >= count:
-        return np.unpackbits(packed[:count], axis=-1).view(bool)
+        chosen = np.linspace(0, len(packed) - 1, count).round().astype(int)  # of all presets
+        return np.unpackbits(packed[chosen], axis=-1).view(bool)
     bank, upto, have = SceneBank.from_folder(bank_folder, split), 0.0, 0
     parts = []
     for preset, share in PRESET_SHARES:

@@ -82,7 +82,7 @@ class TokenizerArguments:
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )
     fit_pictures: int = field(default=2048, metadata={"help": "pictures that the codebook is first fitted to"})
-    scale_dropout: float = field(default=0.1, metadata={"help": "chance that a step uses only the first scales"})
+    scale_dropout: float = field(default=0.1, metadata={"help": "share of pictures drawn from the first scales only"})
     workers: int = field(default=1, metadata={"help": "processes that compose masks"})
 
 
@@ -177,13 +177,12 @@ class TokenizerTrainer(Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_factor)
         return self.lr_scheduler
 
-    def num_scales_at(self, step: int) -> int | None:
-        """How many scales the step reconstructs from: none (autoencoder), the first few, or all."""
+    def num_scales_at(self, step: int, pictures: int) -> torch.Tensor:
+        """From how many scales each picture of a step is drawn (B,): all, or for a few of them the first ones only."""
         scales = len(self.recipe.patch_nums)
-        if step < 0:
-            return 0
         rng = np.random.default_rng([self.args.seed, step])
-        return int(rng.integers(2, scales)) if scales > 2 and rng.random() < self.recipe.scale_dropout else None
+        fewer = rng.integers(2, max(scales, 3), pictures)
+        return torch.from_numpy(np.where(rng.random(pictures) < self.recipe.scale_dropout, fewer, scales))
 
     # ------------------------------------------------------------------ a step
 
@@ -196,9 +195,11 @@ class TokenizerTrainer(Trainer):
         if phase != "autoencoder":
             reviving = phase == "joint" and progress < 0.8 and step % 100 == 0
             coded = assign(model.quantize, latent.detach(), places=reviving)
-            scales, whole = self.num_scales_at(step), coded.f_hats[-1]
-            # what the decoder must make of a coarse f_hat says nothing about the latent
-            drawn = latent + (whole - latent).detach() if scales is None else coded.f_hats[scales - 1]
+            whole = coded.f_hats[-1]
+            drawn = latent + (whole - latent).detach()
+            scales = self.num_scales_at(step, len(pixels)).to(latent.device)[:, None, None, None]
+            for count, f_hat in list(enumerate(coded.f_hats, 1))[:-1]:
+                drawn = torch.where(scales == count, f_hat, drawn)  # which says nothing about the latent: no gradient
             if phase == "joint":
                 commitment = F.mse_loss(latent, whole)
                 follow(model.quantize, coded, len(pixels), self.recipe.codebook_decay)
