@@ -137,7 +137,7 @@ def scene_arguments(bank: Path, visual_tokenizer: Path, **changes: Any) -> Scene
     """The scene recipe with one narrow layer and pictures of three scales."""
     sizes = dict(
         hidden_size=64, num_layers=1, vision_layers=1, text_vocab_size=300, text_scenes=20, eval_expressions=2,
-        num_scales=3, questions_per_scene=0, image_tokens=64, freeze_trunk=True,
+        num_scales=3, questions_per_scene=0, image_tokens=64, freeze_trunk=True, slips=0.0,
     )  # fmt: skip
     return SceneArguments(bank=str(bank), visual_tokenizer=str(visual_tokenizer), **(sizes | changes))
 

@@ -20,6 +20,7 @@ from .scenes import SceneDataset
 from .word_regions import WordList
 
 ABSENT = "There is no {thing}."
+MISSED = 0.8  # of the slips; the rest are tokens of another picture
 PROMPT, ANSWER = "\x02prompt\x02", "\x02answer\x02"
 
 
@@ -169,10 +170,19 @@ def pad_streams(
 
 
 class PictureEncoder(nn.Module):
-    """What the processor does to images and masks, for whole batches on the device of the model."""
+    """What the processor does to images and masks, for whole batches on the device of the model.
 
-    def __init__(self, processor: ARGenSegProcessor) -> None:
+    Args:
+        processor: whose geometry and visual tokenizer are used.
+        slips: share of the pictures that get wrong tokens in their coarse scales, as a model's own drawings do; the
+            scales after a wrong token code what it has left over, and labels are the right tokens. A model that has
+            only seen faultless coarse scales believes them, and where they miss a thing it draws nothing. (Han et
+            al., "Infinity", CVPR 2025, section 3.4, with tokens instead of bits.)
+    """
+
+    def __init__(self, processor: ARGenSegProcessor, slips: float = 0.0) -> None:
         super().__init__()
+        self.slips = slips
         visual_tokenizer: Any = processor.visual_tokenizer
         self.visual_tokenizer = visual_tokenizer.eval().requires_grad_(False)
         self.offset, self.count = processor.visual_token_offset, processor.num_visual_tokens
@@ -183,19 +193,20 @@ class PictureEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Normalises `pixel_values`, and writes the tokens of `masks` into `input_ids` and `labels`."""
+        """Normalises `pixel_values`, and writes the tokens of `masks` into `input_ids` and the right ones into
+        `labels`."""
         batch = dict(batch)
         batch["pixel_values"] = (batch["pixel_values"].float() - self.mean) / self.std
         masks = batch.pop("masks", None)
         if masks is not None:
-            ids = self.encode(masks) + self.offset
-            for name in ("input_ids", "labels"):
+            drawn, right = self.encode(masks)
+            for name, ids in (("input_ids", drawn), ("labels", right)):
                 places = batch[name] >= self.offset
-                batch[name] = batch[name].masked_scatter(places, ids)
+                batch[name] = batch[name].masked_scatter(places, ids + self.offset)
         return batch
 
-    def encode(self, bits: torch.Tensor) -> torch.Tensor:
-        """Masks (M, H, W / 8) as bits to codebook indices (M, T)."""
+    def encode(self, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks (M, H, W / 8) as bits to the codebook indices (M, T) that stand in the stream, and the right ones."""
         shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
         pictures = ((bits[..., None] >> shifts) & 1).flatten(-2)[:, None].float()  # (M, 1, H, W)
         for side in self.sizes:
@@ -203,8 +214,30 @@ class PictureEncoder(nn.Module):
             pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
         channels = self.visual_tokenizer.config.num_channels
         with torch.autocast(bits.device.type, enabled=False):
-            ids = self.visual_tokenizer.encode((2 * pictures - 1).expand(-1, channels, -1, -1))
-        return ids[:, : self.count]
+            latents = self.visual_tokenizer.latent((2 * pictures - 1).expand(-1, channels, -1, -1))
+            drawn, right = self.quantise(latents)
+        return drawn[:, : self.count], right[:, : self.count]
+
+    def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (M, D, h, w) to indices (M, T) with slips, and at each place the index that is right there."""
+        quantizer = self.visual_tokenizer.quantize
+        if self.slips == 0:
+            ids = quantizer.encode(latents)
+            return ids, ids
+        chance = torch.rand(len(latents), 1, device=latents.device)
+        chance = chance * (torch.rand_like(chance) < self.slips)
+        rest, drawn, right = latents, [], []
+        for scale in range(len(quantizer.patch_nums)):
+            ids = quantizer.nearest(quantizer.rest_at_scale(rest, scale), scale).view(len(latents), -1)
+            right.append(ids)
+            if scale < len(quantizer.patch_nums) - 1:  # nothing could mend the last
+                usual = quantizer.log_frequency(scale).argmax()  # mostly a thing is missed
+                other = ids[torch.randperm(len(ids), device=ids.device)]
+                wrong = torch.where(torch.rand(ids.shape, device=ids.device) < MISSED, usual, other)
+                ids = torch.where(torch.rand(ids.shape, device=ids.device) < chance, wrong, ids)
+            drawn.append(ids)
+            rest = rest - quantizer.contribution(ids, scale)
+        return torch.cat(drawn, dim=1), torch.cat(right, dim=1)
 
 
 def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder: PictureEncoder) -> BatchFeature:

@@ -58,6 +58,9 @@ class SceneArguments:
         default=0.3,
         metadata={"help": "factor on the loss that brings image features near the words for what they show"},
     )
+    slips: float = field(
+        default=0.5, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
+    )
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})
     vision_layers: int = field(default=2, metadata={"help": "transformer layers on the vision trunk"})
@@ -124,7 +127,7 @@ class SceneTrainer(DrawingTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.processor, self.validation, self.recipe = processor, validation, recipe
-        self.encoder = PictureEncoder(processor).to(self.args.device)
+        self.encoder = PictureEncoder(processor, recipe.slips).to(self.args.device)
         self.word_regions = None
         if words is not None and recipe.word_region_weight > 0:
             self.word_regions = WordRegions(words, processor.tokenizer).to(self.args.device)

@@ -162,3 +162,24 @@ def test_a_batch_is_filled_up_with_streams_that_teach_nothing(samples, encoder, 
         for name in ("input_ids", "labels", "attention_mask", "image_index"):
             assert torch.equal(large[name][:count], small[name])
         assert (large["labels"][count:] == -100).all() and torch.equal(large["input_ids"][count], small["input_ids"][0])
+
+
+def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator):
+    processor, batch = parts[1], collator([samples[0], samples[1]])
+    torch.manual_seed(3)
+    plain, slipped = PictureEncoder(processor)(batch), PictureEncoder(processor, slips=1.0)(batch)
+    labelled = batch["labels"] >= processor.visual_token_offset
+    assert torch.equal(plain["input_ids"][labelled], plain["labels"][labelled])
+    ids, right = (slipped[name][labelled].view(-1, 85) for name in ("input_ids", "labels"))
+    wrong = ids != right
+    assert 0.1 < wrong[:, :21].float().mean() < 0.9 and not wrong[:, 21:].any()  # the last scale is what it must be
+    assert torch.equal(slipped["input_ids"][~labelled], plain["input_ids"][~labelled])
+    first = processor.visual_token_offset
+    pictures = [
+        processor.visual_tokenizer.decode(one - first) for one in (plain["input_ids"][labelled].view(-1, 85), ids)
+    ]
+    error = (pictures[0] - pictures[1]).abs().mean()
+    broken = processor.visual_tokenizer.decode(
+        torch.cat([ids[:, :21], plain["input_ids"][labelled].view(-1, 85)[:, 21:]], 1) - first
+    )
+    assert error < 0.1 < (pictures[0] - broken).abs().mean()
