@@ -35,7 +35,7 @@ bank: $(VENV)/.installed-$(if $(filter furniture,$(SKIP)),train,bank) ## downloa
 	@echo
 	@echo "Look at $(BANK)/sheet.png; who made the pictures is in $(BANK)/ATTRIBUTION.md."
 
-train-tiny: $(VENV)/.installed-train ## train a small model from BANK to OUTPUT/tiny/published (TOKENIZER_STEPS=, FINE_STEPS= ...)
+train-tiny: $(VENV)/.installed-train ## train a small model from BANK to OUTPUT/tiny/published (TOKENIZER_STEPS=, MODEL_STEPS= ...)
 	BANK=$(BANK) OUT=$(OUTPUT)/tiny PYTHON=$(BIN)/python bash examples/train_tiny.sh
 
 test: $(VENV)/.installed-test ## set up and run ruff, mypy and pytest

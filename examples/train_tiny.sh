@@ -2,8 +2,10 @@
 # Trains a small ARGenSeg from a bank of cut-outs to a folder that can be published: every command, in order.
 #
 #   bash examples/train_tiny.sh                         with the defaults below
-#   BANK=bank OUT=outputs/tiny FINE_STEPS=20000 bash examples/train_tiny.sh
-#   TRAIN_OPTIONS="--use_cpu True --bf16 True" bash examples/train_tiny.sh    for all training commands
+#   BANK=bank OUT=outputs/tiny MODEL_STEPS=20000 bash examples/train_tiny.sh
+#   TRAIN_OPTIONS="--use_cpu True --bf16 True" bash examples/train_tiny.sh    for both training commands
+#   SCENES=66 MASKS=128 TRAIN_OPTIONS="--bf16 True" SCENE_OPTIONS="--compile_layers True --rows_multiple 64 \
+#       --length_multiple 328 --dataloader_num_workers 15" bash examples/train_tiny.sh    on a GPU
 #
 # A stopped run goes on when the same command is given again: finished stages are skipped (delete OUT/<stage> and
 # OUT/finished/<stage> to train one anew), an unfinished one goes on from its last checkpoint. `make bank` builds the bank.
@@ -12,15 +14,14 @@ set -euo pipefail
 BANK=${BANK:-bank}                         # folder with sprites.parquet, backgrounds.parquet and vocabulary.json
 OUT=${OUT:-outputs/tiny}                   # folder for the stages and for the model, OUT/published
 TOKENIZER_STEPS=${TOKENIZER_STEPS:-3000}   # masks to tokens and back; 40 % of them without the codes, 45 % with
-COARSE_STEPS=${COARSE_STEPS:-3000}         # four coarse scales: where things are
-FINE_STEPS=${FINE_STEPS:-3000}             # five scales: their outlines
+MODEL_STEPS=${MODEL_STEPS:-5000}           # the model that draws
 MASKS=${MASKS:-32}                         # masks in a batch
-SCENES=${SCENES:-8}                        # scenes in a batch, four requests each
+SCENES=${SCENES:-8}                        # scenes in a batch, five requests and up to two questions each
 SAVE_STEPS=${SAVE_STEPS:-200}              # a checkpoint every so many steps
 EXPRESSIONS=${EXPRESSIONS:-2000}           # test expressions to measure it on
-TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for all three training commands
+TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for both training commands
 TOKENIZER_OPTIONS=${TOKENIZER_OPTIONS:-}   # more for train_visual_tokenizer, such as "--train_masks 50000"
-SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for both runs of train_scenes, such as "--hidden_size 384"
+SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for train_scenes, such as "--hidden_size 384"
 PYTHON=${PYTHON:-python}
 
 stage() { # stage NAME COMMAND...: runs the command unless it has finished before
@@ -51,19 +52,14 @@ stage visual_tokenizer "$PYTHON" -m trl_recipes.train_visual_tokenizer --bank "$
     $TRAIN_OPTIONS $TOKENIZER_OPTIONS
 
 # shellcheck disable=SC2086
-stage coarse "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
-    --output_dir "$OUT/coarse" --num_scales 4 --schedule easy medium --max_steps "$COARSE_STEPS" \
-    --per_device_train_batch_size "$SCENES" --learning_rate 1e-3 --save_steps "$SAVE_STEPS" \
-    $TRAIN_OPTIONS $SCENE_OPTIONS
+stage model "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
+    --output_dir "$OUT/model" --max_steps "$MODEL_STEPS" --expressions_per_scene 5 --visual_loss_weight 0.4 \
+    --schedule easy easy+medium medium+full full+medium+full+easy full+medium+full+easy full+medium+full+easy \
+    --per_device_train_batch_size "$SCENES" --learning_rate 2e-3 --weight_decay 0.05 --warmup_steps 100 \
+    --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS
 
-# shellcheck disable=SC2086
-stage fine "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
-    --output_dir "$OUT/fine" --start_from "$OUT/coarse" --num_scales 5 --schedule medium full --max_steps "$FINE_STEPS" \
-    --per_device_train_batch_size "$SCENES" --learning_rate 8e-4 --save_steps "$SAVE_STEPS" \
-    $TRAIN_OPTIONS $SCENE_OPTIONS
-
-stage published "$PYTHON" -m trl_recipes.export --model "$OUT/fine" --output "$OUT/published" \
-    --picture-logit-adjustment 0.7
+stage published "$PYTHON" -m trl_recipes.export --model "$OUT/model" --output "$OUT/published" \
+    --picture-logit-adjustment 0.3
 
 stage scores "$PYTHON" -m trl_recipes.evaluate --model "$OUT/published" --task scenes --data "$BANK" \
     --limit "$EXPRESSIONS" --output "$OUT/scores"

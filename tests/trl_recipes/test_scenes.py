@@ -315,3 +315,13 @@ def test_items_have_the_promised_shape_and_the_flat_view_repeats_them(bank):
 def test_articles():
     said = [with_article(word) for word in ("mug", "orange mug", "grey scissors", "bread")]
     assert said == ["a mug", "an orange mug", "a pair of grey scissors", "some bread"]
+
+
+def test_presets_joined_by_a_plus_take_turns(bank_folder):
+    bank = SceneBank.from_folder(bank_folder, "train")
+    dataset = SceneDataset(bank, seed=3, length=12, schedule=[(2, "easy"), (6, "full+medium+full")])
+    full, medium, easy = (SceneConfig.preset(name) for name in ("full", "medium", "easy"))
+    assert dataset.config_at(1) == dataset.config and dataset.config_at(5) == easy
+    assert [dataset.config_at(index) for index in (6, 7, 8, 9, 10)] == [full, medium, full, full, medium]
+    with pytest.raises(ValueError, match="huge"):
+        SceneDataset(bank, schedule=[(0, "easy+huge")])

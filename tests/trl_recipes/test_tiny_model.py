@@ -15,7 +15,7 @@ def test_the_model_draws_with_the_codebook_of_the_tokenizer(parts):
     assert torch.equal(model.model.quantizer.embedding.weight, processor.visual_tokenizer.quantize.embedding.weight)
     assert model.config.visual_token_offset + 17 == model.config.text_config.vocab_size == len(processor.tokenizer)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if ".quantizer." in name}
+    assert frozen == {name for name, _ in model.named_parameters() if ".quantizer." in name or ".trunk." in name}
 
 
 def test_cells_at_the_same_place_have_the_same_code_of_place():
@@ -107,3 +107,23 @@ def test_a_scale_without_embeddings_is_refused(fresh, tmp_path):
     tiny_scenes.grey_tokenizer(sides=(1, 3, 8), codes=9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\[1, 3, 8\].*\[1, 2, 4, 8\]"):
         adopt_visual_tokenizer(*fresh, str(tmp_path))
+
+
+def test_the_text_tokenizer_of_an_earlier_run_is_used_again(parts, bank_folder, tokenizer_folder, tmp_path):
+    parts[1].tokenizer.save_pretrained(tmp_path)
+    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, text_tokenizer=str(tmp_path))
+    _, processor = load_or_build(recipe, None)  # reads no scene
+    assert processor.tokenizer.get_vocab() == parts[1].tokenizer.get_vocab()
+
+
+def test_a_text_tokenizer_for_another_codebook_is_refused(parts, bank_folder, tmp_path):
+    parts[1].tokenizer.save_pretrained(tmp_path / "text")
+    tiny_scenes.grey_tokenizer(codes=33).save_pretrained(tmp_path / "visual")
+    recipe = tiny_scenes.scene_arguments(bank_folder, tmp_path / "visual", text_tokenizer=str(tmp_path / "text"))
+    with pytest.raises(ValueError, match="17 visual tokens.*33 codes"):
+        load_or_build(recipe, None)
+
+
+def test_embedding_and_head_are_one(parts):
+    model = parts[0]
+    assert model.lm_head.weight is model.get_input_embeddings().weight
