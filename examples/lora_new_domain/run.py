@@ -26,8 +26,8 @@ from trl_recipes.metrics import best_constant_mask
 from trl_recipes.picture_grid import CAPTION, GAP, SIDE, paste_tile
 
 RECIPE = {
-    "max_steps": 800, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "eval_steps": 0.25, "save_steps": 0.25,
-    "seed": 0,
+    "max_steps": 120, "per_device_train_batch_size": 8, "learning_rate": 2e-3, "lora_targets": "attention",
+    "eval_steps": 0.25, "save_steps": 0.25, "seed": 0,
 }  # fmt: skip
 
 
