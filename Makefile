@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## set up and segment the example photograph (IMAGE=, P
 	@echo
 	@echo "Look at $(OUTPUT)/overlay.png (the mask on the photograph) and $(OUTPUT)/scales.png (how it was drawn)."
 
-lora: $(VENV)/.installed ## fine-tune MODEL on 64 drawn pictures with masks, about 20 minutes on two cores
+lora: $(VENV)/.installed ## fine-tune MODEL on 64 drawn pictures with masks, about 10 minutes
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/lora_new_domain/run.py --model $(MODEL) --output $(OUTPUT)/land
 	@echo
 	@echo "Look at $(OUTPUT)/land/before_after.png and $(OUTPUT)/land/learning_curve.png."
