@@ -134,11 +134,8 @@ class MaskPictures:
         """Pictures of indices (B,), of any size: mask i is that of index i, i + N, i + 2 N and so on."""
         indices = indices.to(self.masks.device)
         drawn = uniform(self.seed or 0, indices, 6)
-        if self.seed is None:
-            zoom, left, top = torch.ones_like(drawn[:, 0]), *torch.zeros_like(drawn[:, :2]).T
-        else:
-            zoom = 0.55 + 0.45 * drawn[:, 0]
-            left, top = (1 - zoom) * drawn[:, 1], (1 - zoom) * drawn[:, 2]
+        zoom = torch.ones_like(drawn[:, 0]) if self.seed is None else 0.55 + 0.45 * drawn[:, 0]
+        left, top = (1 - zoom) * drawn[:, 1], (1 - zoom) * drawn[:, 2]
         white = self.masks[indices % len(self.masks)].float()
         pictures = self.resized(white, zoom, left, top)[:, None].expand(-1, 3, -1, -1)
         if self.photo_share:

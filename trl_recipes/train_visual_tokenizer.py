@@ -130,12 +130,13 @@ class TokenizerTrainer(Trainer):
         *args: Any,
         recipe: TokenizerArguments,
         test_masks: np.ndarray,
-        pictures: MaskPictures | None = None,
+        pictures: MaskPictures,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=lambda indices: {"indices": torch.tensor(indices)}, **kwargs)
         self.recipe, self.test_masks, self.pictures = recipe, test_masks, pictures
-        self.placed, self.parts = (-1, 0.0), {}
+        self.placed: tuple[int, float] = (-1, 0.0)
+        self.parts: dict[str, torch.Tensor] = {}
         self.add_callback(StopInTime(self))
 
     # ------------------------------------------------------------------ the schedule

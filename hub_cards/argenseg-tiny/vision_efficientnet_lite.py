@@ -48,7 +48,7 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         image_size: pixels; must be divisible by `2 * patch_size`.
         feature_strides: strides of the trunk whose features make the tokens. Those coarser than `patch_size` are
             up-sampled, those finer folded (all cells below a token side by side), so that a token knows where in
-            its patch an edge lies.
+            its patch an edge lies. Default: `patch_size` and twice that.
         freeze_trunk: run the trunk without gradients, in evaluation mode, and mark its parameters as not trainable.
         use_mean_pooling: return the mean token as `pooler_output` (otherwise `None`).
     """
@@ -74,7 +74,7 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         (5, 2, 6, 192, 4),
         (3, 1, 6, 320, 1),
     )
-    feature_strides: list[int] | tuple[int, ...] = (16, 32)
+    feature_strides: list[int] | tuple[int, ...] | None = None
     freeze_trunk: bool = True
 
     def __post_init__(self, **kwargs):
@@ -85,6 +85,8 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         total_stride = 2 * prod(stage[1] for stage in self.stages)
         if any(2 * size != total_stride for size in self.patch_size):
             raise ValueError(f"patch_size must be half of the trunk's stride {total_stride}, got {self.patch_size}")
+        if self.feature_strides is None:
+            self.feature_strides = [total_stride // 2, total_stride]
         self.feature_strides = list(self.feature_strides)
         strides = [2**power for power in range(1, total_stride.bit_length())]
         if not self.feature_strides or not set(self.feature_strides) <= set(strides):

@@ -115,7 +115,7 @@ def test_the_page_has_the_commands_that_the_example_runs(example):
     (words,) = [shlex.split(arguments) for program, arguments in COMMANDS if program == "trl_recipes.lora"]
     recipe = example["run"].RECIPE
     given = {words[i].removeprefix("--"): words[i + 1] for i in range(0, len(words), 2)}
-    assert all(float(given[name]) == recipe[name] for name in recipe if name in given)
+    assert all(type(value)(given[name]) == value for name, value in recipe.items() if name in given)
     assert {"max_steps", "learning_rate", "eval_steps"} <= given.keys()
 
 

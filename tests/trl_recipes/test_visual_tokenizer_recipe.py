@@ -329,6 +329,7 @@ def test_scales_are_dropped_by_step_alone(trained, bank_folder):
             args=tiny_scenes.training_arguments(trained, seed=seed),
             recipe=arguments(bank_folder, **{"patch_nums": [1, 2, 3, 4], "scale_dropout": 0.3} | changes),
             test_masks=half(4),
+            pictures=MaskPictures(half(4), 16, seed=None),
         )
 
     def scales(one) -> list[int]:

@@ -83,7 +83,7 @@ def test_what_was_learned_about_a_scene_is_answered_in_words_and_masks(bank_fold
     """Four questions and four expressions of one scene, learned by heart, then asked with nothing but the prompt."""
     recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, overfit=4, schedule=["easy"])
     recipe.questions_per_scene = 4
-    training = tiny_scenes.training_arguments(tmp_path, seed=tiny_scenes.SEED, max_steps=60, learning_rate=1e-2)
+    training = tiny_scenes.training_arguments(tmp_path, seed=tiny_scenes.SEED, max_steps=160, learning_rate=8e-3)
     train_scenes.main(recipe, training)
     model, processor = load_model(str(tmp_path), "auto", torch.device("cpu"))
     scene = tiny_scenes.scenes(bank_folder)
