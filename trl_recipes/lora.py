@@ -15,7 +15,6 @@ on from its last checkpoint when the same command is given again.
 
 import json
 import shutil
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import modeling_argenseg  # registers the Auto classes
 from .adapters import AdapterSizes, add_adapters, lora_config
 from .drawing_trainer import DrawingTrainer
 from .export import set_picture_options
+from .help_format import Help
 from .learning_curve import learning_curve
 from .mask_data import MaskCollator, has_split, load_mask_data, split_by_image, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
@@ -297,10 +297,6 @@ def report(trainer: MaskTrainer, folder: Path) -> None:
     if trainer.args.load_best_model_at_end and best:
         print(f"merged: {Path(best).name}, the best on validation")
     print(f'use it: pipeline("image-segmentation", model="{folder}")')
-
-
-class Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The text as it is written, and the defaults of all options."""
 
 
 def make_parser() -> HfArgumentParser:

@@ -1,13 +1,17 @@
 """Trains a small ARGenSeg on composed scenes, from scratch but for the vision trunk's ImageNet weights.
 
-    python -m trl_recipes.train_scenes --bank BANK --visual_tokenizer out/visual_tokenizer \\
-        --output_dir out/coarse --num_scales 4 --schedule easy medium --max_steps 3000
-    python -m trl_recipes.train_scenes --bank BANK --visual_tokenizer out/visual_tokenizer \\
-        --output_dir out/fine --start_from out/coarse --schedule medium full --max_steps 3000
+    python -m trl_recipes.train_scenes --bank BANK --visual_tokenizer out/visual_tokenizer --output_dir out/model \\
+        --schedule easy easy+medium medium+full full+medium+full+easy --max_steps 5000 --learning_rate 2e-3 \\
+        --per_device_train_batch_size 8
 
-The first stage draws only the coarse scales (a quarter of the tokens): where things are is learned there, several
-times faster. The second goes on from it with all scales. A killed run goes on from its last checkpoint when the same
-command is given again; `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
+On a GPU, give it scenes enough, one shape of batch, and processes that compose:
+
+    ... --per_device_train_batch_size 66 --bf16 True --compile_layers True --rows_multiple 64 --length_multiple 328 \\
+        --dataloader_num_workers 15 --minutes 10
+
+A killed run goes on from its last checkpoint when the same command is given again (exactly, unless `--minutes` ends
+it). `--num_scales 4` draws coarse pictures only, several times as fast; `--start_from` goes on from such a run with all
+scales. `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
 """
 
 import time
@@ -26,6 +30,7 @@ from processing import ARGenSegProcessor
 
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
+from .help_format import Help
 from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples
@@ -258,7 +263,7 @@ def compile_layers(model: ARGenSegForConditionalGeneration) -> None:
 
 
 def make_parser() -> HfArgumentParser:
-    return HfArgumentParser((SceneArguments, TrainingArguments), description=__doc__)
+    return HfArgumentParser((SceneArguments, TrainingArguments), description=__doc__, formatter_class=Help)
 
 
 if __name__ == "__main__":

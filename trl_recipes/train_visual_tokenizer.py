@@ -30,6 +30,7 @@ import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from modeling_argenseg import VARTokenizer, VARTokenizerConfig
 
 from .codebook import assign, fit_codebook, follow, revive
+from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
 
@@ -332,7 +333,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
 
 
 def make_parser() -> HfArgumentParser:
-    return HfArgumentParser((TokenizerArguments, TrainingArguments), description=__doc__)
+    return HfArgumentParser((TokenizerArguments, TrainingArguments), description=__doc__, formatter_class=Help)
 
 
 if __name__ == "__main__":
