@@ -48,10 +48,15 @@ def test_shared_images_and_a_head_at_the_answers_alone_change_no_gradient(
     )
     batch, whole = collated
     assert "words" in batch  # something that is not there
+    caches = []
+    hook = model.model.language_model.register_forward_hook(lambda *args: caches.append(args[-1].past_key_values))
     weights = [p for p in model.parameters() if p.requires_grad]
     plain = model(**whole).loss
     expected = torch.autograd.grad(plain, weights)
+    caches.clear()
     loss = trainer.compute_loss(model, dict(batch))
+    hook.remove()
+    assert caches == [None, None]  # none is filled for nothing
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-5)
 
