@@ -128,7 +128,6 @@ class EfficientNetLiteBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, expansion: int):
         super().__init__()
         width = channels_in * expansion
-        self.stride = stride
         self.skip = stride == 1 and channels_in == channels_out
         self.expand = EfficientNetLiteConv2d(channels_in, width, 1) if expansion != 1 else None
         self.depthwise = EfficientNetLiteConv2d(width, width, kernel, stride, groups=width)

@@ -17,6 +17,7 @@ from transformers import BatchFeature
 from processing import ARGenSegProcessor
 
 from .scenes import SceneDataset
+from .scenes.view import Expression
 from .word_regions import WordList
 
 ABSENT = "There is no {thing}."
@@ -24,11 +25,11 @@ MISSED = 0.8  # of the slips; the rest are tokens of another picture
 PROMPT, ANSWER = "\x02prompt\x02", "\x02answer\x02"
 
 
-def scene_turns(processor: ARGenSegProcessor, expression: dict[str, Any]) -> tuple[str, str]:
+def scene_turns(processor: ARGenSegProcessor, expression: Expression) -> tuple[str, str]:
     """Request and answer; the answer holds the processor's mask marker, or says that the thing is not there."""
-    prompt = processor.segmentation_prompt.format(prompt=expression["text"])
-    if expression["kind"] == "none":
-        return prompt, ABSENT.format(thing=expression["missing"])
+    prompt = processor.segmentation_prompt.format(prompt=expression.text)
+    if expression.kind == "none":
+        return prompt, ABSENT.format(thing=expression.missing)
     return prompt, processor.segmentation_answer.format(mask=processor.mask_marker)
 
 
@@ -94,7 +95,7 @@ class SceneSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         scene, expressions = self.scenes.scene(index)
         masks = [scene.mask(one.object_ids) for one in expressions if one.kind != "none"]
-        turns = [scene_turns(self.processor, vars(one)) for one in expressions]
+        turns = [scene_turns(self.processor, one) for one in expressions]
         turns += [(one.text, one.answer) for one in self.scenes.questions(index, scene)]
         rows = sorted(self.writer(turns), key=lambda row: not row["draws"])  # stable
         image = scene.image

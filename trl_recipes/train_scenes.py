@@ -10,8 +10,8 @@ On a GPU, give it scenes enough, one shape of batch, and processes that compose:
         --dataloader_num_workers 15 --minutes 10
 
 A killed run goes on from its last checkpoint when the same command is given again (exactly, unless `--minutes` ends
-it). `--num_scales 4` draws coarse pictures only, several times as fast; `--start_from` goes on from such a run with all
-scales. `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
+it). `--num_scales 4` draws coarse pictures only, of 85 tokens instead of 341; `--start_from` goes on from such a run
+with all scales. `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
 """
 
 import time
@@ -69,7 +69,7 @@ class SceneArguments:
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})
     vision_layers: int = field(default=2, metadata={"help": "transformer layers on the vision trunk"})
-    image_tokens: int = field(default=256, metadata={"help": "tokens of an image in the stream: 256 or 64"})
+    image_tokens: int = field(default=256, metadata={"help": "tokens of an image in the stream", "choices": [256, 64]})
     feature_strides: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32], metadata={"help": "features of the vision trunk that make the tokens"}
     )
@@ -88,7 +88,7 @@ class SceneArguments:
     )
     compile_layers: bool = field(
         default=False,
-        metadata={"help": "compile the transformer layers: half a minute, then steps are faster on a GPU"},
+        metadata={"help": "compile the transformer layers once for each shape of batch, for a GPU"},
     )
     length_multiple: int = field(default=16, metadata={"help": "streams are padded to a multiple of this length"})
     rows_multiple: int = field(
