@@ -4,7 +4,7 @@ draws masks instead of measuring a loss."""
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import DynamicCache, Trainer
 
 
 class DrawingTrainer(Trainer):
@@ -13,6 +13,9 @@ class DrawingTrainer(Trainer):
     A batch may hold `image_index` (B,): which of the images in `pixel_values` each row is about; each image is then
     read once, however many rows ask about it. Without it there is one image for each row. It may also hold, under
     `words`, rows of another length that draw nothing, on the same images; the loss is that of one batch with all rows.
+
+    With `shared_length`, all rows begin with the same so many tokens, up to the image and no label among them: the
+    language model, too, reads these once for each image. (Not with gradient checkpointing, which keeps no cache.)
     """
 
     def evaluate_drawing(self) -> dict[str, float]:
@@ -28,10 +31,14 @@ class DrawingTrainer(Trainer):
             if "image_index" in inputs:
                 image = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
                 extra = self.extra_loss(model, image, inputs)
+                shared = inputs.pop("shared_length", 0)
                 parts = [inputs, inputs.pop("words")] if "words" in inputs else [inputs]
-                parts = [about(image, part) for part in parts]
+                if shared and not self.args.gradient_checkpointing:
+                    parts = go_on(model.base_model, image, parts, shared)
+                else:
+                    parts = [about(image, part) for part in parts]
             for part in parts:  # the head runs only at answers; a cache would be filled for nothing
-                part["use_cache"] = False
+                part["use_cache"] = "past_key_values" in part
                 part["logits_to_keep"] = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
             outputs = [model(**part) for part in parts]
             loss, text_loss = self.whole_loss(outputs, parts)
@@ -66,6 +73,23 @@ class DrawingTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def go_on(model: Any, image: Any, parts: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    """The inputs of parts of a batch after their first `length` tokens, with what the model keeps of these, read once
+    for each image."""
+    ids = parts[0]["input_ids"][:1, :length].expand(len(image.pooler_output), -1)
+    read = DynamicCache()
+    model(input_ids=ids, mm_encoder_outputs={"image": image}, past_key_values=read, use_cache=True)
+    rest = []
+    for part in parts:
+        part, own = dict(part), DynamicCache()
+        index = part.pop("image_index")
+        for number, layer in enumerate(read.layers):
+            own.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), number)
+        rest.append(part | {"input_ids": part["input_ids"][:, length:], "labels": part["labels"][:, length:]})
+        rest[-1]["past_key_values"] = own
+    return rest
 
 
 def about(image: Any, part: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Masks travel as bits and become visual tokens in batches, where the model is (`P
 only compose. The streams are those of the processor, picture by picture and word by word.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from .scenes.view import Expression
 from .word_regions import WordList
 
 ABSENT = "There is no {thing}."
-MISSED = 0.8  # of the slips; the rest are tokens of another picture
+MISSED = 0.7  # of the slips; the rest are tokens of another picture
+WHOLE = 0.6  # of the pictures with slips; in the rest tokens slip one by one
 PROMPT, ANSWER = "\x02prompt\x02", "\x02answer\x02"
 
 
@@ -78,7 +80,8 @@ class StreamWriter:
 
 class SceneSamples(Dataset):
     """`ds[i]` -> scene i: `image` (3, H, W) uint8, `masks` (M, H, W / 8) uint8 bits, `rows`, one for each request and
-    question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell.
+    question (see `StreamWriter`), those that draw first, in the order of the masks, `shared_length`, how many tokens
+    all rows of all scenes have in common at their beginning, and `words` for each cell.
 
     The image stands once, however many requests there are; see `SceneCollator`.
     """
@@ -101,7 +104,7 @@ class SceneSamples(Dataset):
         image = scene.image
         if image.size != self.image_size:
             image = image.resize(self.image_size, Image.Resampling.BICUBIC)
-        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows}
+        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows, "shared_length": len(self.writer.head)}
         if masks:
             sample["masks"] = np.packbits(np.stack(masks), axis=-1)
         if self.words is not None:
@@ -114,12 +117,15 @@ class SceneCollator:
     them, and under `words` the streams that do not, which are shorter. `image_index` says which image a stream has.
 
     Streams are padded on the right, their lengths rounded up to `multiple_of`, their number to `rows_multiple` by
-    repeating the first without labels: kernels are chosen, or compiled, once for each shape. `PictureEncoder` makes
-    model inputs of it.
+    repeating the first without labels: kernels are chosen, or compiled, once for each shape. `share_beginning` adds
+    `shared_length` (see `DrawingTrainer`). `PictureEncoder` makes model inputs of it.
     """
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 16, rows_multiple: int = 1) -> None:
+    def __init__(
+        self, pad_token_id: int, multiple_of: int = 16, rows_multiple: int = 1, share_beginning: bool = False
+    ) -> None:
         self.pad_token_id, self.multiple_of, self.rows_multiple = pad_token_id, multiple_of, rows_multiple
+        self.share_beginning = share_beginning
 
     def streams(self, samples: list[dict[str, Any]], draws: bool) -> dict[str, torch.Tensor] | None:
         found = [(i, row) for i, sample in enumerate(samples) for row in sample["rows"] if row["draws"] == draws]
@@ -139,6 +145,8 @@ class SceneCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {"pixel_values": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
+        if self.share_beginning:
+            batch["shared_length"] = samples[0]["shared_length"]
         drawing, talking = self.streams(samples, draws=True), self.streams(samples, draws=False)
         if drawing is not None:
             masks = np.concatenate([sample["masks"] for sample in samples if "masks" in sample])
@@ -175,10 +183,12 @@ class PictureEncoder(nn.Module):
 
     Args:
         processor: whose geometry and visual tokenizer are used.
-        slips: share of the pictures that get wrong tokens in their coarse scales, as a model's own drawings do; the
+        slips: share of the pictures that get wrong tokens in their first scales, up to any but the last, as a model's
+            own drawings do: empty ones, or those of another picture, often of another thing in the same image. The
             scales after a wrong token code what it has left over, and labels are the right tokens. A model that has
-            only seen faultless coarse scales believes them, and where they miss a thing it draws nothing. (Han et
-            al., "Infinity", CVPR 2025, section 3.4, with tokens instead of bits.)
+            only seen faultless coarse scales believes them: it never has to find a thing by itself at the finer ones,
+            and draws nothing where the coarse ones missed it. (Han et al., "Infinity", CVPR 2025, section 3.4, with
+            tokens instead of bits.)
     """
 
     def __init__(self, processor: ARGenSegProcessor, slips: float = 0.0) -> None:
@@ -225,17 +235,17 @@ class PictureEncoder(nn.Module):
         if self.slips == 0:
             ids = quantizer.encode(latents)
             return ids, ids
-        chance = torch.rand(len(latents), 1, device=latents.device)
-        chance = chance * (torch.rand_like(chance) < self.slips)
+        count, scales = (len(latents), 1), len(quantizer.patch_nums)
+        rand = partial(torch.rand, device=latents.device)
+        chance = torch.where(rand(count) < WHOLE, 1.0, rand(count)) * (rand(count) < self.slips)
+        until = 1 + (rand(count) * (scales - 1)).long()  # nothing could mend the last scale
+        missed, other = rand(count) < MISSED, torch.randperm(len(latents), device=latents.device)
         rest, drawn, right = latents, [], []
-        for scale in range(len(quantizer.patch_nums)):
+        for scale in range(scales):
             ids = quantizer.nearest(quantizer.rest_at_scale(rest, scale), scale).view(len(latents), -1)
             right.append(ids)
-            if scale < len(quantizer.patch_nums) - 1:  # nothing could mend the last
-                usual = quantizer.log_frequency(scale).argmax()  # mostly a thing is missed
-                other = ids[torch.randperm(len(ids), device=ids.device)]
-                wrong = torch.where(torch.rand(ids.shape, device=ids.device) < MISSED, usual, other)
-                ids = torch.where(torch.rand(ids.shape, device=ids.device) < chance, wrong, ids)
+            wrong = torch.where(missed, quantizer.log_frequency(scale).argmax(), ids[other])  # the usual code is empty
+            ids = torch.where((scale < until) & (rand(ids.shape) < chance), wrong, ids)
             drawn.append(ids)
             rest = rest - quantizer.contribution(ids, scale)
         return torch.cat(drawn, dim=1), torch.cat(right, dim=1)

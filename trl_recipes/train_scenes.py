@@ -207,6 +207,7 @@ def load_or_build(
         processor = ARGenSegProcessor.from_pretrained(recipe.start_from)
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
+        model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
     processor.num_scales = model.config.num_scales = recipe.num_scales
     return model, processor
 
@@ -224,8 +225,6 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     per_scene = recipe.expressions_per_scene
     scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, stages, recipe.questions_per_scene)
     model, processor = load_or_build(recipe, scenes)
-    # on a CPU the backward pass of sdpa costs a third of a step more than that of plain attention
-    model.model.language_model.set_attn_implementation("eager" if training.use_cpu else "sdpa")
     if recipe.compile_layers:
         compile_layers(model)
     words = WordList(bank, token_side(processor.image_seq_length)) if recipe.word_region_weight > 0 else None
@@ -242,7 +241,12 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         args=training,
         train_dataset=samples,
         eval_dataset=samples,  # evaluation draws masks for `validation`
-        data_collator=SceneCollator(processor.tokenizer.pad_token_id, recipe.length_multiple, recipe.rows_multiple),
+        data_collator=SceneCollator(
+            processor.tokenizer.pad_token_id,
+            recipe.length_multiple,
+            recipe.rows_multiple,
+            share_beginning=not recipe.compile_layers,  # with a cache each layer would be compiled by itself
+        ),
         processor=processor,
         validation=validation,
         recipe=recipe,

@@ -164,7 +164,16 @@ def test_a_batch_is_filled_up_with_streams_that_teach_nothing(samples, encoder, 
         assert (large["labels"][count:] == -100).all() and torch.equal(large["input_ids"][count], small["input_ids"][0])
 
 
-def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator):
+@pytest.fixture
+def empty_is_usual(parts, monkeypatch):
+    """Usage of the codes as in a trained tokenizer: the one that adds nothing is the most frequent."""
+    quantizer = parts[1].visual_tokenizer.quantize
+    hits = torch.zeros_like(quantizer.ema_vocab_hit_SV)
+    hits[:, int(quantizer.embedding.weight.abs().argmin())] = 1
+    monkeypatch.setitem(quantizer._buffers, "ema_vocab_hit_SV", hits)
+
+
+def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator, empty_is_usual):
     processor, batch = parts[1], collator([samples[0], samples[1]])
     torch.manual_seed(3)
     plain, slipped = PictureEncoder(processor)(batch), PictureEncoder(processor, slips=1.0)(batch)
@@ -174,12 +183,27 @@ def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator):
     wrong = ids != right
     assert 0.1 < wrong[:, :21].float().mean() < 0.9 and not wrong[:, 21:].any()  # the last scale is what it must be
     assert torch.equal(slipped["input_ids"][~labelled], plain["input_ids"][~labelled])
-    first = processor.visual_token_offset
-    pictures = [
-        processor.visual_tokenizer.decode(one - first) for one in (plain["input_ids"][labelled].view(-1, 85), ids)
-    ]
-    error = (pictures[0] - pictures[1]).abs().mean()
-    broken = processor.visual_tokenizer.decode(
-        torch.cat([ids[:, :21], plain["input_ids"][labelled].view(-1, 85)[:, 21:]], 1) - first
-    )
-    assert error < 0.1 < (pictures[0] - broken).abs().mean()
+    encoder, plain_codes = PictureEncoder(processor, slips=1.0), PictureEncoder(processor).encode(batch["masks"])[0]
+    truth, error, broken = processor.visual_tokenizer.decode(plain_codes), 0.0, 0.0
+    for _ in range(10):
+        drawn, _ = encoder.encode(batch["masks"])
+        unmended = torch.cat([drawn[:, :21], plain_codes[:, 21:]], dim=1)
+        error += float((processor.visual_tokenizer.decode(drawn) - truth).abs().mean())
+        broken += float((processor.visual_tokenizer.decode(unmended) - truth).abs().mean())
+    assert 3 * error < broken, (error, broken)
+
+
+def test_whole_scales_are_missed_or_those_of_another_picture(parts, samples, collator, empty_is_usual):
+    processor = parts[1]
+    quantizer = processor.visual_tokenizer.quantize
+    usual = torch.cat([quantizer.log_frequency(k).argmax().expand(n) for k, n in enumerate((1, 4, 16))])
+    encoder, masks = PictureEncoder(processor, slips=1.0), collator([samples[0], samples[1]])["masks"]
+    torch.manual_seed(0)
+    missed, others = 0, 0
+    for _ in range(20):
+        drawn, right = encoder.encode(masks)
+        wrong = (drawn != right)[:, :21].any(1)
+        missed += int((wrong & (drawn[:, :21] == usual).all(1)).sum())
+        same = (drawn[:, None, :5] == right[None, :, :5]).all(-1).fill_diagonal_(False)
+        others += int((wrong & same.any(1) & ~(drawn[:, :5] == usual[:5]).all(1)).sum())
+    assert missed > 10 and others > 3  # of 120

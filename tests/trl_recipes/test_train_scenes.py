@@ -27,14 +27,15 @@ CHECKPOINT, LAST_STEP = 3, 8  # checkpoints at 3, 6 and 8
 @pytest.fixture
 def collated(parts, samples):
     """The first two scenes as the data loader has them, and as any model takes them."""
-    collator = SceneCollator(parts[1].tokenizer.pad_token_id)
-    both = [samples[0], samples[1]]
-    return collator(both), model_inputs(both, collator, PictureEncoder(parts[1]))
+    pad, both = parts[1].tokenizer.pad_token_id, [samples[0], samples[1]]
+    batch = SceneCollator(pad, share_beginning=True)(both)
+    return batch, model_inputs(both, SceneCollator(pad), PictureEncoder(parts[1]))
 
 
 @pytest.mark.parametrize("visual_loss", ["scale", "token"])
-def test_shared_images_and_a_head_at_the_answers_alone_change_no_gradient(
-    parts, samples, known_scenes, collated, tmp_path, visual_loss
+@pytest.mark.parametrize("shares_beginning", [False, True])
+def test_what_rows_share_and_a_head_at_the_answers_alone_change_no_gradient(
+    parts, samples, known_scenes, collated, tmp_path, visual_loss, shares_beginning
 ):
     model, processor = parts
     model.config.visual_loss = visual_loss
@@ -48,15 +49,25 @@ def test_shared_images_and_a_head_at_the_answers_alone_change_no_gradient(
     )
     batch, whole = collated
     assert "words" in batch  # something that is not there
-    caches = []
-    hook = model.model.language_model.register_forward_hook(lambda *args: caches.append(args[-1].past_key_values))
+    if not shares_beginning:
+        del batch["shared_length"]
+    read = []
+    hook = model.model.language_model.register_forward_hook(lambda *args: read.append(args[-1]))
     weights = [p for p in model.parameters() if p.requires_grad]
     plain = model(**whole).loss
     expected = torch.autograd.grad(plain, weights)
-    caches.clear()
+    read.clear()
     loss = trainer.compute_loss(model, dict(batch))
     hook.remove()
-    assert caches == [None, None]  # none is filled for nothing
+    rows, length, words = *batch["input_ids"].shape, batch["words"]["input_ids"].shape[1]
+    if shares_beginning:  # 2 images, not 8 times
+        begun = batch["shared_length"]
+        assert begun > processor.image_seq_length
+        assert [len(one.last_hidden_state) for one in read] == [2, rows, 8 - rows]
+        assert [one.last_hidden_state.shape[1] for one in read] == [begun, length - begun, words - begun]
+    else:  # no cache is filled for nothing
+        assert [one.past_key_values for one in read] == [None, None]
+        assert {one.last_hidden_state.shape[1] for one in read} == {length, words}
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-5)
 
