@@ -14,20 +14,20 @@ it). `--num_scales 4` draws coarse pictures only, of 85 tokens instead of 341; `
 with all scales. `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
 """
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_argenseg import (
     ARGenSegForConditionalGeneration,
 )
 from processing import ARGenSegProcessor
 
+from .clock import Clock
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
@@ -94,27 +94,6 @@ class SceneArguments:
     rows_multiple: int = field(
         default=1, metadata={"help": "batches are filled up to a multiple of so many streams: compiled layers need it"}
     )
-
-
-class Clock(TrainerCallback):
-    """Stops a run in time. `progress(step)` is how much of it is over, by steps or by time, whichever is further."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.seconds = None if minutes is None else 60 * minutes
-        self.begin = time.monotonic()
-
-    def progress(self, step: int, steps: int) -> float:
-        over = step / max(steps, 1)
-        if self.seconds is not None:
-            over = max(over, (time.monotonic() - self.begin) / self.seconds)
-        return min(over, 1.0)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.begin = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.progress(state.global_step, state.max_steps) >= 1.0:
-            control.should_training_stop = True
 
 
 class SceneTrainer(DrawingTrainer):

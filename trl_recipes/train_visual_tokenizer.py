@@ -12,11 +12,10 @@ What it watches beside reconstruction is *predictability*: a language model spen
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
 get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
 
-Masks are kept and cut out on the GPU, if there is one. `--max_minutes` ends a run in time, whatever the steps take.
+Masks are kept and cut out on the GPU, if there is one. `--minutes` ends a run in time, whatever the steps take.
 """
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from modeling_argenseg import VARTokenizer, VARTokenizerConfig
 
+from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
 from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
-
-STARTED = time.monotonic()
 
 
 @dataclass
@@ -58,11 +56,11 @@ class TokenizerArguments:
         default=700,
         metadata={"help": "steps in which encoder, codes and decoder move together; then the decoder alone"},
     )
-    max_minutes: float | None = field(
+    minutes: float | None = field(
         default=None,
         metadata={
-            "help": "end of training, in minutes from the start of the program: where steps take too long, all phases "
-            "become shorter alike (such a run cannot be resumed exactly)"
+            "help": "end the run after so long, if max_steps comes later: all phases become shorter alike (such a run "
+            "cannot be resumed exactly)"
         },
     )
     joint_learning_rate: float = field(default=1.0, metadata={"help": "of the joint phase, times learning_rate"})
@@ -136,22 +134,15 @@ class TokenizerTrainer(Trainer):
     ) -> None:
         super().__init__(*args, data_collator=lambda indices: {"indices": torch.tensor(indices)}, **kwargs)
         self.recipe, self.test_masks, self.pictures = recipe, test_masks, pictures
-        self.placed: tuple[int, float] = (-1, 0.0)
         self.parts: dict[str, torch.Tensor] = {}
-        self.add_callback(StopInTime(self))
+        self.clock = Clock(recipe.minutes)
+        self.add_callback(self.clock)
 
     # ------------------------------------------------------------------ the schedule
 
     def place(self, step: int) -> float:
         """Where a step stands between 0 and `max_steps`: at itself, or further on where time runs out."""
-        if self.placed[0] != step:  # once a step: all that asks for it is told the same
-            place = float(step)
-            if self.recipe.max_minutes is not None:
-                self.begun = getattr(self, "begun", time.monotonic())
-                whole = STARTED + 60 * self.recipe.max_minutes - self.begun
-                place = max(place, self.args.max_steps * (time.monotonic() - self.begun) / max(whole, 1e-6))
-            self.placed = (step, place)
-        return self.placed[1]
+        return self.args.max_steps * self.clock.progress(step, self.args.max_steps)
 
     def phase_at(self, place: float) -> tuple[str, float]:
         """The phase, and how much of it is over (0 to 1)."""
@@ -220,7 +211,9 @@ class TokenizerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of the last step
-            logs |= {name: float(part.detach()) for name, part in self.parts.items()} | {"place": self.placed[1]}
+            logs |= {name: float(part.detach()) for name, part in self.parts.items()} | {
+                "place": self.place(self.state.global_step)
+            }
         super().log(logs, *args, **kwargs)
 
     def begin(self, phase: str, model: VARTokenizer) -> None:
@@ -251,17 +244,6 @@ class TokenizerTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-class StopInTime(TrainerCallback):
-    """Ends a run whose time is over."""
-
-    def __init__(self, trainer: TokenizerTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.place(state.global_step) >= args.max_steps:
-            control.should_training_stop = True
 
 
 @torch.no_grad()

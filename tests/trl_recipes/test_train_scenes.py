@@ -18,7 +18,7 @@ from trl_recipes import train_scenes
 from trl_recipes.metrics import SegmentationMetrics
 from trl_recipes.scene_samples import PictureEncoder, SceneCollator, model_inputs
 from trl_recipes.scenes import flat_expressions
-from trl_recipes.train_scenes import Clock, SceneTrainer, curriculum, load_or_build, make_parser
+from trl_recipes.train_scenes import SceneTrainer, curriculum, load_or_build, make_parser
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT, LAST_STEP = 3, 8  # checkpoints at 3, 6 and 8
@@ -93,17 +93,6 @@ def test_each_preset_has_an_equal_part_of_the_run():
 def test_a_run_too_short_for_its_presets_is_refused(total):
     with pytest.raises(ValueError, match="--max_steps"):
         curriculum(["easy", "medium", "full"], total)
-
-
-def test_the_clock_counts_steps_or_time_whichever_is_further(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    clock, untimed = Clock(minutes=1.0), Clock(minutes=None)
-    now[0] += 15
-    assert clock.progress(0, 100) == 0.25 and clock.progress(80, 100) == 0.8
-    assert untimed.progress(0, 100) == 0.0 and untimed.progress(30, 100) == 0.3
-    now[0] += 50
-    assert clock.progress(0, 100) == 1.0 and untimed.progress(101, 100) == 1.0
 
 
 def test_a_run_ends_when_its_time_is_over(bank_folder, tokenizer_folder, tmp_path):

@@ -361,9 +361,8 @@ def test_the_learning_rate_rises_and_falls_in_each_phase(trained):
 
 def test_a_run_whose_time_is_short_goes_through_all_phases(trained, bank_folder, tmp_path, monkeypatch):
     clock = iter(range(10_000))  # a second passes whenever it is looked at
-    monkeypatch.setattr(train_visual_tokenizer, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(train_visual_tokenizer, "STARTED", 0)
-    run(bank_folder, tmp_path, {"max_minutes": 0.5}, save_steps=1)
+    monkeypatch.setattr("trl_recipes.clock.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    run(bank_folder, tmp_path, {"minutes": 0.5}, save_steps=1)
     rates = tiny_scenes.logged(tmp_path, "learning_rate")
     assert 10 <= max(rates) <= 31  # and not 60
     assert rates[max(rates)] < 0.3 * 5e-3 < 0.8 * 5e-3 < max(rates.values())
