@@ -235,20 +235,25 @@ class PictureEncoder(nn.Module):
         if self.slips == 0:
             ids = quantizer.encode(latents)
             return ids, ids
-        count, scales = (len(latents), 1), len(quantizer.patch_nums)
-        rand = partial(torch.rand, device=latents.device)
-        chance = torch.where(rand(count) < WHOLE, 1.0, rand(count)) * (rand(count) < self.slips)
-        until = 1 + (rand(count) * (scales - 1)).long()  # nothing could mend the last scale
-        missed, other = rand(count) < MISSED, torch.randperm(len(latents), device=latents.device)
+        chance, until, missed = self.draw_slips(len(latents), latents.device)
+        other = torch.randperm(len(latents), device=latents.device)
         rest, drawn, right = latents, [], []
-        for scale in range(scales):
+        for scale in range(len(quantizer.patch_nums)):
             ids = quantizer.nearest(quantizer.rest_at_scale(rest, scale), scale).view(len(latents), -1)
             right.append(ids)
             wrong = torch.where(missed, quantizer.log_frequency(scale).argmax(), ids[other])  # the usual code is empty
-            ids = torch.where((scale < until) & (rand(ids.shape) < chance), wrong, ids)
+            ids = torch.where((scale < until) & (torch.rand(ids.shape, device=ids.device) < chance), wrong, ids)
             drawn.append(ids)
             rest = rest - quantizer.contribution(ids, scale)
         return torch.cat(drawn, dim=1), torch.cat(right, dim=1)
+
+    def draw_slips(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(count, 1) each: the chance of a token to be wrong, before which scale, and whether it is then the empty one
+        or that of another picture."""
+        rand = partial(torch.rand, (count, 1), device=device)
+        chance = torch.where(rand() < WHOLE, 1.0, rand()) * (rand() < self.slips)
+        until = 1 + (rand() * (len(self.visual_tokenizer.config.patch_nums) - 1)).long()  # nothing mends the last scale
+        return chance, until, rand() < MISSED
 
 
 def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder: PictureEncoder) -> BatchFeature:

@@ -101,7 +101,8 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         tie_word_embeddings=True,
     )
     model = ARGenSegForConditionalGeneration(config)
-    load_efficientnet_lite0(model.model.vlm.vision_tower)
+    if recipe.pretrained_trunk:
+        load_efficientnet_lite0(model.model.vlm.vision_tower)
     model.set_visual_tokenizer(processor.visual_tokenizer)
     start_at_sines(model)
     model.generation_config = GenerationConfig(

@@ -73,6 +73,7 @@ class SceneArguments:
     feature_strides: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32], metadata={"help": "features of the vision trunk that make the tokens"}
     )
+    pretrained_trunk: bool = field(default=True, metadata={"help": "begin with ImageNet weights in the vision trunk"})
     freeze_trunk: bool = field(default=False, metadata={"help": "keep the vision trunk's ImageNet weights as they are"})
     trunk_lr_scale: float = field(
         default=0.1, metadata={"help": "learning rate of the vision trunk, times the others'"}

@@ -18,6 +18,15 @@ def test_the_model_draws_with_the_codebook_of_the_tokenizer(parts):
     assert frozen == {name for name, _ in model.named_parameters() if ".quantizer." in name or ".trunk." in name}
 
 
+def test_the_vision_trunk_begins_with_imagenet_weights_or_from_scratch(
+    parts, bank_folder, tokenizer_folder, known_scenes
+):
+    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, pretrained_trunk=False)
+    stems = [load_or_build(recipe, known_scenes)[0].model.vlm.vision_tower.trunk.stem.weight for _ in range(2)]
+    pretrained = parts[0].model.vlm.vision_tower.trunk.stem.weight
+    assert not torch.equal(*stems) and not any(torch.equal(stem, pretrained) for stem in stems)
+
+
 def test_cells_at_the_same_place_have_the_same_code_of_place():
     codes = sines([1, 3], 64)
     assert codes.shape == (10, 64)
