@@ -6,8 +6,9 @@
 Takes all options of `train_scenes`, for all runs. Every run sees the same scenes in the same order. What is compared is
 the loss on validation scenes, of sprites that are in no training scene: that of the visual tokens with faultless coarse
 scales, that of the last scale when all coarse ones have missed the thing (so that it must be found at that scale), and
-that of the words. Finished runs are kept in the output folder and not made again; a run that was stopped goes on. The
-table is printed and written to OUTPUT_DIR/ablations.md.
+that of the words; and how many things the image features name among all names, and find by name among those in the
+image, by themselves (see `naming`). Finished runs are kept in the output folder and not made again; a run that was
+stopped goes on. The table is printed and written to OUTPUT_DIR/ablations.md.
 """
 
 import json
@@ -26,9 +27,11 @@ from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
 from .help_format import Help
+from .naming import naming
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, model_inputs
 from .scenes import SceneBank, SceneConfig, SceneDataset
 from .train_scenes import SceneArguments
+from .word_regions import WordList, token_side
 
 VARIANTS = {
     "recipe": "",
@@ -42,7 +45,8 @@ VARIANTS = {
     "loss per token, not per scale": "--visual_loss token",
     "width 128": "--hidden_size 128",
 }
-COLUMNS = ("visual", "last scale alone", "text")
+LOSSES = ("visual", "last scale alone", "text")
+COLUMNS = (*LOSSES, "named", "found")
 
 
 @dataclass
@@ -67,7 +71,7 @@ class MissingEncoder(PictureEncoder):
 
 @torch.no_grad()
 def held_out(folder: Path, recipe: SceneArguments, count: int) -> dict[str, float]:
-    """Losses on `count` validation scenes of the last preset of the schedule; see the top."""
+    """What is compared, on `count` validation scenes of the schedule's last preset; see the top."""
     processor = ARGenSegProcessor.from_pretrained(folder)
     model = ARGenSegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     bank, preset = SceneBank.from_folder(recipe.bank, "val"), SceneConfig.preset(recipe.schedule[-1].split("+")[0])
@@ -83,7 +87,9 @@ def held_out(folder: Path, recipe: SceneArguments, count: int) -> dict[str, floa
         batch["labels"][~visual | (visual.cumsum(1) <= coarse)] = -100
         alone = model(**heads_at_labels(batch))
         found.append((float(out.visual_loss), float(alone.visual_loss), float(out.text_loss)))
-    return dict(zip(COLUMNS, torch.tensor(found).mean(0).tolist(), strict=True))
+    words = WordList(SceneBank.from_folder(recipe.bank, "train"), token_side(processor.image_seq_length))
+    losses = dict(zip(LOSSES, torch.tensor(found).mean(0).tolist(), strict=True))
+    return losses | naming(model, processor, scenes, words)
 
 
 def heads_at_labels(batch: Any) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def main(ablations: AblationArguments, recipe: SceneArguments, training: TrainingArguments, options: list[str]) -> None:
+def main(options: list[str], ablations: AblationArguments, recipe: SceneArguments, training: TrainingArguments) -> None:
     """Runs what is not finished.
 
     Args:
@@ -135,4 +141,4 @@ def options_of_runs(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_into_dataclasses(), options=options_of_runs(sys.argv[1:]))
+    main(options_of_runs(sys.argv[1:]), *make_parser().parse_args_into_dataclasses())

@@ -41,18 +41,18 @@ def test_a_table_of_finished_runs(bank_folder, tokenizer_folder, tmp_path, monke
     words = f"""--bank {bank_folder} --visual_tokenizer {tokenizer_folder} --output_dir {tmp_path} --max_steps 2
         --hidden_size 64 --num_layers 1 --vision_layers 1 --text_vocab_size 300 --text_scenes 20 --num_scales 3
         --image_tokens 64 --schedule easy --per_device_train_batch_size 1 --use_cpu True --report_to none
-        --validation_scenes 2 --disable_tqdm True""".split()
+        --validation_scenes 6 --disable_tqdm True""".split()
     given = ["--only", *RUNS, *words]
 
     def run() -> str:
-        ablations.main(*ablations.make_parser().parse_args_into_dataclasses(given), options_of_runs(given))
+        ablations.main(options_of_runs(given), *ablations.make_parser().parse_args_into_dataclasses(given))
         return capsys.readouterr().out
 
     printed = run()
     table = (tmp_path / "ablations.md").read_text()
     assert table in printed and [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == RUNS
     numbers = [float(word) for line in table.splitlines()[2:] for word in line.strip("| ").split(" | ")[1:]]
-    assert len(numbers) == 6 and all(0 < number < 20 for number in numbers) and len(set(numbers)) > 3
+    assert len(numbers) == 10 and all(0 <= number < 20 for number in numbers) and len(set(numbers)) > 3
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a finished run was made again"))
     monkeypatch.setattr(ablations, "held_out", lambda *args: pytest.fail("a finished run was measured again"))
     assert table in run()
@@ -62,4 +62,4 @@ def test_what_the_last_scale_says_alone_is_apart_from_the_rest(learned_folder, b
     """A model that knows its scenes by heart, but has hardly seen coarse scales fail."""
     recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, schedule=["easy"])
     losses = held_out(learned_folder, recipe, 2)
-    assert set(losses) == {"visual", "last scale alone", "text"} and losses["last scale alone"] > losses["visual"]
+    assert losses["last scale alone"] > losses["visual"] and 0 < losses["text"] < 20

@@ -1,0 +1,46 @@
+"""What image features say by themselves."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trl_recipes.naming import naming
+from trl_recipes.scenes import SceneDataset
+from trl_recipes.word_regions import WordList, WordRegions
+
+
+@pytest.fixture(scope="module")
+def scenes(known_scenes):
+    return SceneDataset(known_scenes.bank, known_scenes.config, known_scenes.seed, 4, 2)
+
+
+class Seeing(torch.nn.Module):
+    """Its features of the next scene are the words for what its cells show, or for what `mistaken` makes of it."""
+
+    def __init__(self, scenes, processor, words, mistaken=lambda nouns: nouns):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(len(processor.tokenizer), 64)
+        vectors = WordRegions(words, processor.tokenizer)
+        vectors = vectors.embed(vectors.nouns, self.embedding.weight.detach())
+        nouns = [torch.from_numpy(words.of_cells(scenes.scene(i)[0])["nouns"]) for i in range(len(scenes))]
+        self.features = iter([vectors[mistaken(one).clamp(min=0)].repeat(1, 2)[None] for one in nouns])
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_image_features(self, pixels, **kwargs):
+        return SimpleNamespace(pooler_output=next(self.features))
+
+
+def test_features_that_are_the_right_words_name_and_find_all(parts, scenes):
+    words = WordList(scenes.bank, side=16)
+    result = naming(Seeing(scenes, parts[1], words), parts[1], scenes, words)
+    assert result["named"] > 0.9 and result["found"] > 0.9 and 0 < result["chance"] < 1
+
+
+def test_features_that_are_the_wrong_words_name_nothing(parts, scenes):
+    words = WordList(scenes.bank, side=16)
+    model = Seeing(scenes, parts[1], words, lambda nouns: (nouns + 1) % (len(words.nouns) - 1))
+    assert naming(model, parts[1], scenes, words)["named"] < 0.1

@@ -1,0 +1,59 @@
+"""How well the image features of a model, compared with its words and without its language model, name things and find
+them: whether a model that answers wrongly does not see, or does not use what it sees. For models that were trained with
+`WordRegions`.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .scenes import Scene, SceneDataset
+from .word_regions import TEMPERATURE, WordList, WordRegions
+
+
+@torch.no_grad()
+def naming(model: Any, processor: Any, scenes: SceneDataset, words: WordList) -> dict[str, float]:
+    """`named`: share of the things in the scenes whose features are nearest to their own name among all names. `found`:
+    share of the names whose nearest thing in its scene has that name, in scenes with several; `chance`: what guessing
+    would find. NaN where there is nothing to count.
+
+    Args:
+        words: with the names of all sprites, as in training.
+
+    Raises:
+        ValueError: a thing in the scenes has none of these names.
+    """
+    regions = WordRegions(words, processor.tokenizer).to(model.device)
+    names = regions.embed(regions.nouns[:-1], model.get_input_embeddings().weight)  # the last is the background
+    named: list[float] = []
+    found: list[float] = []
+    chance: list[float] = []
+    for index in tqdm(range(len(scenes)), desc="naming things"):
+        scene, _ = scenes.scene(index)
+        likeness = likeness_of_things(model, processor, scene, names, words.side)
+        own = [words.nouns.index(item.sprite.name) for item in scene.objects]
+        named += [int(row.argmax()) == name for row, name in zip(likeness, own, strict=True)]
+        if len(set(own)) > 1:
+            for name in sorted(set(own)):
+                found.append(own[int(likeness[:, name].argmax())] == name)
+                chance.append(own.count(name) / len(own))
+    counts: dict[str, list[float]] = {"named": named, "found": found, "chance": chance}
+    return {key: float(np.mean(values)) if values else float("nan") for key, values in counts.items()}
+
+
+def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Tensor, side: int) -> torch.Tensor:
+    """Log-probability (things, words) of each word, mean over the cells that a thing covers most."""
+    pixels = processor.image_processor(scene.image, return_tensors="pt")["pixel_values"].to(model.device, model.dtype)
+    features = model.get_image_features(pixels, return_dict=True).pooler_output[0].float()
+    half = F.normalize(features[:, : features.shape[1] // 2], dim=-1)
+    words = (half @ names.T / TEMPERATURE).log_softmax(-1)
+    height, width = scene.index_map.shape
+    cells = scene.index_map.reshape(side, height // side, side, width // side)
+    rows = []
+    for item in scene.objects:
+        share = (cells == item.index).mean((1, 3)).ravel()
+        rows.append(words[torch.from_numpy(share >= min(0.5, share.max()))].mean(0))
+    return torch.stack(rows)
