@@ -1,8 +1,11 @@
 """How well the image features of a model, compared with its words and without its language model, name things and find
 them: whether a model that answers wrongly does not see, or does not use what it sees. For models that were trained with
 `WordRegions`.
+
+    python -m trl_recipes.naming --model hub_cards/argenseg-tiny --bank BANK --split val
 """
 
+import argparse
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,12 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .scenes import Scene, SceneDataset
-from .word_regions import TEMPERATURE, WordList, WordRegions
+from modeling_argenseg import ARGenSegForConditionalGeneration
+from processing import ARGenSegProcessor
+
+from .help_format import Help
+from .scenes import Scene, SceneBank, SceneConfig, SceneDataset
+from .word_regions import TEMPERATURE, WordList, WordRegions, token_side
 
 
 @torch.no_grad()
@@ -57,3 +64,26 @@ def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Te
         share = (cells == item.index).mean((1, 3)).ravel()
         rows.append(words[torch.from_numpy(share >= min(0.5, share.max()))].mean(0))
     return torch.stack(rows)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--bank", required=True, help="folder of cut-outs, see `make bank`")
+    parser.add_argument("--split", default="val", help="whose sprites the scenes show; names are those of train")
+    parser.add_argument("--preset", default="full", help="of the scenes")
+    parser.add_argument("--scenes", type=int, default=200, help="number of scenes")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    processor = ARGenSegProcessor.from_pretrained(args.model)
+    model = ARGenSegForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
+    words = WordList(SceneBank.from_folder(args.bank, "train"), token_side(processor.image_seq_length))
+    bank = SceneBank.from_folder(args.bank, args.split)
+    result = naming(model, processor, SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes), words)
+    print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())
