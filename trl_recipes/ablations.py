@@ -40,7 +40,7 @@ VARIANTS = {
     "one stride of the trunk (16)": "--feature_strides 16",
     "64 image tokens": "--image_tokens 64",
     "no word regions": "--word_region_weight 0",
-    "no slips": "--slips 0",
+    "slips": "--slips 0.5",
     "causal within a scale": "--scale_attention causal",
     "loss per token, not per scale": "--visual_loss token",
     "width 128": "--hidden_size 128",

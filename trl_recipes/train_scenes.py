@@ -64,7 +64,7 @@ class SceneArguments:
         metadata={"help": "factor on the loss that brings image features near the words for what they show"},
     )
     slips: float = field(
-        default=0.5, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
+        default=0.0, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
     )
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})

@@ -23,7 +23,7 @@ def test_each_difference_is_an_option_of_the_recipe(name):
 
 
 def test_the_runs_are_told_all_but_what_is_for_the_comparison():
-    words = ["--only", "recipe", "no slips", "--bank", "b", "--validation_scenes=3", "--schedule", "easy", "full"]
+    words = ["--only", "recipe", "slips", "--bank", "b", "--validation_scenes=3", "--schedule", "easy", "full"]
     assert options_of_runs(words) == ["--bank", "b", "--schedule", "easy", "full"]
 
 
