@@ -16,16 +16,15 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
+from .drawing_trainer import before_labels
 from .help_format import Help
 from .naming import naming
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, model_inputs
@@ -80,20 +79,17 @@ def held_out(folder: Path, recipe: SceneArguments, count: int) -> dict[str, floa
     faultless, missing, found = PictureEncoder(processor), MissingEncoder(processor), []
     for start in tqdm(range(0, count, 4), desc=folder.name):
         part = [samples[i] for i in range(start, min(start + 4, count))]
-        out = model(**heads_at_labels(model_inputs(part, collator, faultless)))
+        batch = model_inputs(part, collator, faultless)
+        out = model(**batch, logits_to_keep=before_labels(batch["labels"]))
         batch = model_inputs(part, collator, missing)
         visual = batch["labels"] >= processor.visual_token_offset
         coarse = int(processor.num_visual_tokens) - model.config.patch_nums[-1] ** 2
         batch["labels"][~visual | (visual.cumsum(1) <= coarse)] = -100
-        alone = model(**heads_at_labels(batch))
+        alone = model(**batch, logits_to_keep=before_labels(batch["labels"]))
         found.append((float(out.visual_loss), float(alone.visual_loss), float(out.text_loss)))
     words = WordList(SceneBank.from_folder(recipe.bank, "train"), token_side(processor.image_seq_length))
     losses = dict(zip(LOSSES, torch.tensor(found).mean(0).tolist(), strict=True))
     return losses | naming(model, processor, scenes, words)
-
-
-def heads_at_labels(batch: Any) -> dict[str, Any]:
-    return {**batch, "logits_to_keep": F.pad(batch["labels"][:, 1:] != -100, (0, 1))}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

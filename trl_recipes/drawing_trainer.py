@@ -39,7 +39,7 @@ class DrawingTrainer(Trainer):
                     parts = [about(image, part) for part in parts]
             for part in parts:  # the head runs only at answers; a cache would be filled for nothing
                 part["use_cache"] = "past_key_values" in part
-                part["logits_to_keep"] = torch.nn.functional.pad(part["labels"][:, 1:] != -100, (0, 1))
+                part["logits_to_keep"] = before_labels(part["labels"])
             outputs = [model(**part) for part in parts]
             loss, text_loss = self.whole_loss(outputs, parts)
             logged = {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
@@ -73,6 +73,11 @@ class DrawingTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def before_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions (B, L) predict a label (B, L)."""
+    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
 
 
 def go_on(model: Any, image: Any, parts: list[dict[str, Any]], length: int) -> list[dict[str, Any]]:

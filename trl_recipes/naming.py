@@ -18,7 +18,7 @@ from processing import ARGenSegProcessor
 
 from .help_format import Help
 from .scenes import Scene, SceneBank, SceneConfig, SceneDataset
-from .word_regions import TEMPERATURE, WordList, WordRegions, token_side
+from .word_regions import LEAST_SHARE, TEMPERATURE, WordList, WordRegions, shares_of_cells, token_side
 
 
 @torch.no_grad()
@@ -57,13 +57,9 @@ def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Te
     features = model.get_image_features(pixels, return_dict=True).pooler_output[0].float()
     half = F.normalize(features[:, : features.shape[1] // 2], dim=-1)
     words = (half @ names.T / TEMPERATURE).log_softmax(-1)
-    height, width = scene.index_map.shape
-    cells = scene.index_map.reshape(side, height // side, side, width // side)
-    rows = []
-    for item in scene.objects:
-        share = (cells == item.index).mean((1, 3)).ravel()
-        rows.append(words[torch.from_numpy(share >= min(0.5, share.max()))].mean(0))
-    return torch.stack(rows)
+    shares = shares_of_cells(scene, side)
+    shown = [shares[item.index] >= min(LEAST_SHARE, shares[item.index].max()) for item in scene.objects]
+    return torch.stack([words[torch.from_numpy(cells)].mean(0) for cells in shown])
 
 
 def make_parser() -> argparse.ArgumentParser:

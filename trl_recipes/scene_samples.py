@@ -80,8 +80,7 @@ class StreamWriter:
 
 class SceneSamples(Dataset):
     """`ds[i]` -> scene i: `image` (3, H, W) uint8, `masks` (M, H, W / 8) uint8 bits, `rows`, one for each request and
-    question (see `StreamWriter`), those that draw first, in the order of the masks, `shared_length`, how many tokens
-    all rows of all scenes have in common at their beginning, and `words` for each cell.
+    question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell.
 
     The image stands once, however many requests there are; see `SceneCollator`.
     """
@@ -104,7 +103,7 @@ class SceneSamples(Dataset):
         image = scene.image
         if image.size != self.image_size:
             image = image.resize(self.image_size, Image.Resampling.BICUBIC)
-        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows, "shared_length": len(self.writer.head)}
+        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows}
         if masks:
             sample["masks"] = np.packbits(np.stack(masks), axis=-1)
         if self.words is not None:
@@ -117,15 +116,15 @@ class SceneCollator:
     them, and under `words` the streams that do not, which are shorter. `image_index` says which image a stream has.
 
     Streams are padded on the right, their lengths rounded up to `multiple_of`, their number to `rows_multiple` by
-    repeating the first without labels: kernels are chosen, or compiled, once for each shape. `share_beginning` adds
-    `shared_length` (see `DrawingTrainer`). `PictureEncoder` makes model inputs of it.
+    repeating the first without labels: kernels are chosen, or compiled, once for each shape. `shared_length`, if not
+    zero, is passed on to `DrawingTrainer`. `PictureEncoder` makes model inputs of it.
     """
 
     def __init__(
-        self, pad_token_id: int, multiple_of: int = 16, rows_multiple: int = 1, share_beginning: bool = False
+        self, pad_token_id: int, multiple_of: int = 16, rows_multiple: int = 1, shared_length: int = 0
     ) -> None:
         self.pad_token_id, self.multiple_of, self.rows_multiple = pad_token_id, multiple_of, rows_multiple
-        self.share_beginning = share_beginning
+        self.shared_length = shared_length
 
     def streams(self, samples: list[dict[str, Any]], draws: bool) -> dict[str, torch.Tensor] | None:
         found = [(i, row) for i, sample in enumerate(samples) for row in sample["rows"] if row["draws"] == draws]
@@ -145,8 +144,8 @@ class SceneCollator:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {"pixel_values": torch.from_numpy(np.stack([sample["image"] for sample in samples]))}
-        if self.share_beginning:
-            batch["shared_length"] = samples[0]["shared_length"]
+        if self.shared_length:
+            batch["shared_length"] = self.shared_length
         drawing, talking = self.streams(samples, draws=True), self.streams(samples, draws=False)
         if drawing is not None:
             masks = np.concatenate([sample["masks"] for sample in samples if "masks" in sample])

@@ -209,6 +209,8 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         compile_layers(model)
     words = WordList(bank, token_side(processor.image_seq_length)) if recipe.word_region_weight > 0 else None
     samples: Any = SceneSamples(scenes, processor, words)
+    # read once for each image; compiled layers would be compiled one by one if they had a cache
+    shared_length = 0 if recipe.compile_layers else len(samples.writer.head)
     if recipe.overfit:
         validation = flat_expressions(scenes, recipe.overfit)
         samples = Repeated(samples, -(-recipe.overfit // per_scene))
@@ -222,10 +224,7 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         train_dataset=samples,
         eval_dataset=samples,  # evaluation draws masks for `validation`
         data_collator=SceneCollator(
-            processor.tokenizer.pad_token_id,
-            recipe.length_multiple,
-            recipe.rows_multiple,
-            share_beginning=not recipe.compile_layers,  # with a cache each layer would be compiled by itself
+            processor.tokenizer.pad_token_id, recipe.length_multiple, recipe.rows_multiple, shared_length
         ),
         processor=processor,
         validation=validation,

@@ -42,9 +42,7 @@ class WordList:
 
     def of_cells(self, scene: Scene) -> dict[str, np.ndarray]:
         """`nouns` and `colors`, int64 (side * side,), row by row; -100 where a cell shows no one thing."""
-        height, width = scene.index_map.shape
-        cells = scene.index_map.reshape(self.side, height // self.side, self.side, width // self.side)
-        shares = [(cells == index).mean((1, 3)).ravel() for index in range(len(scene.objects) + 1)]
+        shares = shares_of_cells(scene, self.side)
         nouns, colors = (np.full(self.side**2, IGNORED) for _ in range(2))
         nouns[shares[0] >= 1 - MOST_OTHER] = self._noun_index[BACKGROUND]
         for item in scene.objects:
@@ -53,6 +51,13 @@ class WordList:
             if item.sprite.color in self._color_index:
                 colors[shown] = self._color_index[item.sprite.color]
         return {"nouns": nouns, "colors": colors}
+
+
+def shares_of_cells(scene: Scene, side: int) -> np.ndarray:
+    """(objects + 1, side * side): how much of each cell shows the background, and each object."""
+    height, width = scene.index_map.shape
+    cells = scene.index_map.reshape(side, height // side, side, width // side)
+    return np.stack([(cells == index).mean((1, 3)).ravel() for index in range(len(scene.objects) + 1)])
 
 
 class WordRegions(nn.Module):

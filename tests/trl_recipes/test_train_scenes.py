@@ -28,7 +28,7 @@ CHECKPOINT, LAST_STEP = 3, 8  # checkpoints at 3, 6 and 8
 def collated(parts, samples):
     """The first two scenes as the data loader has them, and as any model takes them."""
     pad, both = parts[1].tokenizer.pad_token_id, [samples[0], samples[1]]
-    batch = SceneCollator(pad, share_beginning=True)(both)
+    batch = SceneCollator(pad, shared_length=len(samples.writer.head))(both)
     return batch, model_inputs(both, SceneCollator(pad), PictureEncoder(parts[1]))
 
 
