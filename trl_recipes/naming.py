@@ -1,6 +1,6 @@
 """How well the image features of a model, compared with its words and without its language model, name things and find
-them: whether a model that answers wrongly does not see, or does not use what it sees. For models that were trained with
-`WordRegions`.
+them, and how well the whole model finds them by name: whether a model that answers wrongly does not see, or does not
+use what it sees. For models that were trained with `WordRegions`.
 
     python -m trl_recipes.naming --model hub_cards/argenseg-tiny --bank BANK --split val
 """
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
+from .evaluation.answers import draw, union
 from .help_format import Help
 from .scenes import Scene, SceneBank, SceneConfig, SceneDataset
 from .word_regions import LEAST_SHARE, TEMPERATURE, WordList, WordRegions, shares_of_cells, token_side
@@ -62,6 +63,29 @@ def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Te
     return torch.stack([words[torch.from_numpy(cells)].mean(0) for cells in shown])
 
 
+def drawn(model: Any, processor: Any, scenes: SceneDataset) -> dict[str, float]:
+    """`drawn`: share of the names, each asked for once in every scene with several, for which the mask lies mostly on a
+    thing of that name; nothing drawn is wrong. `blind`: what drawing one thing, whatever the name, would find. NaN
+    where there is nothing to count."""
+    right: list[float] = []
+    blind: list[float] = []
+    for index in tqdm(range(len(scenes)), desc="asking by name"):
+        scene, _ = scenes.scene(index)
+        names = sorted({item.sprite.name for item in scene.objects})
+        if len(names) == 1:
+            continue
+        for name, answer in zip(names, draw(model, processor, requests(scene, names)), strict=True):
+            mask = union(answer)
+            covered = [0 if mask is None else (mask & scene.mask([one.index])).sum() for one in scene.objects]
+            right.append(max(covered) > 0 and scene.objects[int(np.argmax(covered))].sprite.name == name)
+            blind.append(1 / len(names))
+    return {key: float(np.mean(values or [np.nan])) for key, values in (("drawn", right), ("blind", blind))}
+
+
+def requests(scene: Scene, names: list[str]) -> list[dict[str, Any]]:
+    return [{"image": scene.image, "text": f"the {name}"} for name in names]
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--model", required=True, help="model folder")
@@ -77,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
     model = ARGenSegForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     words = WordList(SceneBank.from_folder(args.bank, "train"), token_side(processor.image_seq_length))
     bank = SceneBank.from_folder(args.bank, args.split)
-    result = naming(model, processor, SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes), words)
+    scenes = SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes)
+    result = naming(model, processor, scenes, words) | drawn(model, processor, scenes)
     print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
 
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trl_recipes.naming import naming
+from trl_recipes import naming as module
+from trl_recipes.naming import drawn, naming
 from trl_recipes.scenes import SceneDataset
 from trl_recipes.word_regions import WordList, WordRegions
 
@@ -44,3 +45,31 @@ def test_features_that_are_the_wrong_words_name_nothing(parts, scenes):
     words = WordList(scenes.bank, side=16)
     model = Seeing(scenes, parts[1], words, lambda nouns: (nouns + 1) % (len(words.nouns) - 1))
     assert naming(model, parts[1], scenes, words)["named"] < 0.1
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(monkeypatch, scenes, obedient):
+    several = [one for one in (scenes.scene(i)[0] for i in range(len(scenes))) if len(names_of(one)) > 1]
+    shown = iter(several)
+
+    def draw(model, processor, samples):
+        scene = next(shown)
+        wanted = [sample["text"].removeprefix("the ") for sample in samples]
+        if not obedient:
+            wanted = [scene.objects[0].sprite.name] * len(samples)
+        ids = [[one.index for one in scene.objects if one.sprite.name == name] for name in wanted]
+        return [{"segments": [{"mask": scene.mask(some)}]} for some in ids]
+
+    monkeypatch.setattr(module, "draw", draw)
+    result = drawn(None, None, scenes)
+    assert several and 0 < result["blind"] < 1
+    assert result["drawn"] == pytest.approx(1.0 if obedient else result["blind"])
+
+
+def test_nothing_drawn_is_nothing_found(monkeypatch, scenes):
+    monkeypatch.setattr(module, "draw", lambda model, processor, samples: [{"segments": []} for _ in samples])
+    assert drawn(None, None, scenes)["drawn"] == 0.0
+
+
+def names_of(scene):
+    return {one.sprite.name for one in scene.objects}
