@@ -49,7 +49,7 @@ def naming(model: Any, processor: Any, scenes: SceneDataset, words: WordList) ->
                 found.append(own[int(likeness[:, name].argmax())] == name)
                 chance.append(own.count(name) / len(own))
     counts: dict[str, list[float]] = {"named": named, "found": found, "chance": chance}
-    return {key: float(np.mean(values)) if values else float("nan") for key, values in counts.items()}
+    return {key: mean(values) for key, values in counts.items()}
 
 
 def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Tensor, side: int) -> torch.Tensor:
@@ -63,27 +63,26 @@ def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Te
     return torch.stack([words[torch.from_numpy(cells)].mean(0) for cells in shown])
 
 
-def drawn(model: Any, processor: Any, scenes: SceneDataset) -> dict[str, float]:
-    """`drawn`: share of the names, each asked for once in every scene with several, for which the mask lies mostly on a
-    thing of that name; nothing drawn is wrong. `blind`: what drawing one thing, whatever the name, would find. NaN
-    where there is nothing to count."""
+def drawn(model: Any, processor: Any, scenes: SceneDataset) -> float:
+    """Share of the names, each asked for once in every scene with several, for which the mask lies mostly on a thing of
+    that name; nothing drawn is wrong. A model that always draws one thing, whatever the name, reaches the `chance` of
+    `naming`. NaN where there is nothing to count."""
     right: list[float] = []
-    blind: list[float] = []
     for index in tqdm(range(len(scenes)), desc="asking by name"):
         scene, _ = scenes.scene(index)
         names = sorted({item.sprite.name for item in scene.objects})
         if len(names) == 1:
             continue
-        for name, answer in zip(names, draw(model, processor, requests(scene, names)), strict=True):
+        samples = [{"image": scene.image, "text": f"the {name}"} for name in names]
+        for name, answer in zip(names, draw(model, processor, samples), strict=True):
             mask = union(answer)
             covered = [0 if mask is None else (mask & scene.mask([one.index])).sum() for one in scene.objects]
             right.append(max(covered) > 0 and scene.objects[int(np.argmax(covered))].sprite.name == name)
-            blind.append(1 / len(names))
-    return {key: float(np.mean(values or [np.nan])) for key, values in (("drawn", right), ("blind", blind))}
+    return mean(right)
 
 
-def requests(scene: Scene, names: list[str]) -> list[dict[str, Any]]:
-    return [{"image": scene.image, "text": f"the {name}"} for name in names]
+def mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     words = WordList(SceneBank.from_folder(args.bank, "train"), token_side(processor.image_seq_length))
     bank = SceneBank.from_folder(args.bank, args.split)
     scenes = SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes)
-    result = naming(model, processor, scenes, words) | drawn(model, processor, scenes)
+    result = naming(model, processor, scenes, words) | {"drawn": drawn(model, processor, scenes)}
     print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
 
 

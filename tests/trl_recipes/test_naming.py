@@ -1,4 +1,4 @@
-"""What image features say by themselves."""
+"""What image features say by themselves, and what the whole model draws by name."""
 
 from types import SimpleNamespace
 
@@ -48,7 +48,7 @@ def test_features_that_are_the_wrong_words_name_nothing(parts, scenes):
 
 
 @pytest.mark.parametrize("obedient", [True, False])
-def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(monkeypatch, scenes, obedient):
+def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(parts, monkeypatch, scenes, obedient):
     several = [one for one in (scenes.scene(i)[0] for i in range(len(scenes))) if len(names_of(one)) > 1]
     shown = iter(several)
 
@@ -62,13 +62,16 @@ def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(
 
     monkeypatch.setattr(module, "draw", draw)
     result = drawn(None, None, scenes)
-    assert several and 0 < result["blind"] < 1
-    assert result["drawn"] == pytest.approx(1.0 if obedient else result["blind"])
+    monkeypatch.undo()
+    words = WordList(scenes.bank, side=16)
+    chance = naming(Seeing(scenes, parts[1], words), parts[1], scenes, words)["chance"]
+    assert several and 0 < chance < 1
+    assert result == pytest.approx(1.0 if obedient else chance)
 
 
 def test_nothing_drawn_is_nothing_found(monkeypatch, scenes):
     monkeypatch.setattr(module, "draw", lambda model, processor, samples: [{"segments": []} for _ in samples])
-    assert drawn(None, None, scenes)["drawn"] == 0.0
+    assert drawn(None, None, scenes) == 0.0
 
 
 def names_of(scene):
