@@ -25,12 +25,20 @@ class DrawingTrainer(Trainer):
         """A loss on image features, to be added; takes what it needs out of `inputs`."""
         return None
 
+    def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        """A loss on the last hidden states (N, T, hidden) at the queries of the pictures, one in each row, to be added;
+        asked for where a batch holds `mask_shares`, here `shares` (N, T). `images` (N,): which image each is about."""
+        raise NotImplementedError
+
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         with self.accelerator.autocast():  # which otherwise covers `model.forward` alone
-            parts, extra = [inputs], None
+            parts, logged = [inputs], {}
+            shares, images = inputs.pop("mask_shares", None), inputs.get("image_index")
             if "image_index" in inputs:
                 image = model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
                 extra = self.extra_loss(model, image, inputs)
+                if extra is not None:
+                    logged["word_region_loss"] = extra
                 shared = inputs.pop("shared_length", 0)
                 parts = [inputs, inputs.pop("words")] if "words" in inputs else [inputs]
                 if shared and not self.args.gradient_checkpointing:
@@ -40,15 +48,28 @@ class DrawingTrainer(Trainer):
             for part in parts:  # the head runs only at answers; a cache would be filled for nothing
                 part["use_cache"] = "past_key_values" in part
                 part["logits_to_keep"] = before_labels(part["labels"])
+            parts[0]["output_hidden_states"] = shares is not None
             outputs = [model(**part) for part in parts]
             loss, text_loss = self.whole_loss(outputs, parts)
-            logged = {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
-            if extra is not None:
-                loss, logged["word_region_loss"] = loss + extra, extra
+            if shares is not None:
+                hidden, drawn = self.at_queries(outputs[0].hidden_states[-1], parts[0])
+                logged["mask_region_loss"] = self.query_loss(hidden, images[drawn], shares[drawn])
+            loss = sum(logged.values(), start=loss)
+            logged |= {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
         if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
             self._parts = {name: round(float(value.detach()), 4) for name, value in logged.items()}
         outputs[0].loss = loss
         return (loss, outputs[0]) if return_outputs else loss
+
+    def at_queries(self, hidden: torch.Tensor, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of hidden states (B, L, hidden) those at the queries of the pictures that are learned (N, T, hidden), and
+        their rows (N,); rows that only fill up a batch have no labels."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        rows, columns = unwrapped.model.find_pictures(part["input_ids"])
+        learned = (part["labels"][rows] != -100).any(1)
+        rows, columns = rows[learned], columns[learned]
+        places = columns[:, None] + torch.arange(unwrapped.config.picture_length, device=columns.device)
+        return hidden[rows[:, None], places], rows
 
     def whole_loss(self, outputs: list[Any], parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and text loss of all parts, the first of which may draw: text labels count alike wherever they are."""

@@ -17,13 +17,14 @@ from transformers import BatchFeature
 
 from processing import ARGenSegProcessor
 
+from .mask_regions import shares_of_queries
 from .scenes import SceneDataset
 from .scenes.view import Expression
 from .word_regions import WordList
 
 ABSENT = "There is no {thing}."
 MISSED = 0.7  # of the slips; the rest are tokens of another picture
-WHOLE = 0.6  # of the pictures with slips; in the rest tokens slip one by one
+WHOLE = 0.6  # of the pictures with tokens of others; in the rest tokens slip one by one
 PROMPT, ANSWER = "\x02prompt\x02", "\x02answer\x02"
 
 
@@ -182,12 +183,12 @@ class PictureEncoder(nn.Module):
 
     Args:
         processor: whose geometry and visual tokenizer are used.
-        slips: share of the pictures that get wrong tokens in their first scales, up to any but the last, as a model's
-            own drawings do: empty ones, or those of another picture, often of another thing in the same image. The
-            scales after a wrong token code what it has left over, and labels are the right tokens. A model that has
-            only seen faultless coarse scales believes them: it never has to find a thing by itself at the finer ones,
-            and draws nothing where the coarse ones missed it. (Han et al., "Infinity", CVPR 2025, section 3.4, with
-            tokens instead of bits.)
+        slips: share of the pictures that get wrong tokens in their first scales, as a model's own drawings do: empty
+            ones in all but the last, or, up to any but the last, those of another picture, often of another thing in
+            the same image. The scales after a wrong token code what it has left over, and labels are the right tokens.
+            A model that has only seen faultless coarse scales believes them: it never has to find a thing by itself at
+            the finer ones, and draws nothing where the coarse ones missed it. (Han et al., "Infinity", CVPR 2025,
+            section 3.4, with tokens instead of bits.)
     """
 
     def __init__(self, processor: ARGenSegProcessor, slips: float = 0.0) -> None:
@@ -196,6 +197,7 @@ class PictureEncoder(nn.Module):
         visual_tokenizer: Any = processor.visual_tokenizer
         self.visual_tokenizer = visual_tokenizer.eval().requires_grad_(False)
         self.offset, self.count = processor.visual_token_offset, processor.num_visual_tokens
+        self.patch_nums = list(visual_tokenizer.config.patch_nums[: processor.num_scales])
         self.sizes = processor.mask_resize_sizes or [visual_tokenizer.config.image_size]
         images = processor.image_processor
         self.register_buffer("mean", 255 * torch.tensor(images.image_mean).view(3, 1, 1))
@@ -204,26 +206,27 @@ class PictureEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalises `pixel_values`, and writes the tokens of `masks` into `input_ids` and the right ones into
-        `labels`."""
+        `labels`; `mask_shares` (M, T) is how much each mask covers of the cell of each token."""
         batch = dict(batch)
         batch["pixel_values"] = (batch["pixel_values"].float() - self.mean) / self.std
         masks = batch.pop("masks", None)
         if masks is not None:
+            masks = unpack(masks)
+            batch["mask_shares"] = shares_of_queries(masks, self.patch_nums)
             drawn, right = self.encode(masks)
             for name, ids in (("input_ids", drawn), ("labels", right)):
                 places = batch[name] >= self.offset
                 batch[name] = batch[name].masked_scatter(places, ids + self.offset)
         return batch
 
-    def encode(self, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (M, H, W / 8) as bits to the codebook indices (M, T) that stand in the stream, and the right ones."""
-        shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
-        pictures = ((bits[..., None] >> shifts) & 1).flatten(-2)[:, None].float()  # (M, 1, H, W)
+    def encode(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks (M, H, W) to the codebook indices (M, T) that stand in the stream, and the right ones."""
+        pictures = masks[:, None]
         for side in self.sizes:
             pictures = F.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True)
             pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
         channels = self.visual_tokenizer.config.num_channels
-        with torch.autocast(bits.device.type, enabled=False):
+        with torch.autocast(masks.device.type, enabled=False):
             latents = self.visual_tokenizer.latent((2 * pictures - 1).expand(-1, channels, -1, -1))
             drawn, right = self.quantise(latents)
         return drawn[:, : self.count], right[:, : self.count]
@@ -249,10 +252,16 @@ class PictureEncoder(nn.Module):
     def draw_slips(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(count, 1) each: the chance of a token to be wrong, before which scale, and whether it is then the empty one
         or that of another picture."""
-        rand = partial(torch.rand, (count, 1), device=device)
-        chance = torch.where(rand() < WHOLE, 1.0, rand()) * (rand() < self.slips)
-        until = 1 + (rand() * (len(self.visual_tokenizer.config.patch_nums) - 1)).long()  # nothing mends the last scale
-        return chance, until, rand() < MISSED
+        rand, last = partial(torch.rand, (count, 1), device=device), len(self.patch_nums) - 1  # nothing mends the last
+        missed = rand() < MISSED
+        chance = torch.where(missed | (rand() < WHOLE), 1.0, rand()) * (rand() < self.slips)
+        return chance, torch.where(missed, last, 1 + (rand() * last).long()), missed
+
+
+def unpack(bits: torch.Tensor) -> torch.Tensor:
+    """Masks (M, H, W / 8) as bits to (M, H, W), 0.0 or 1.0."""
+    shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
+    return ((bits[..., None] >> shifts) & 1).flatten(-2).float()
 
 
 def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder: PictureEncoder) -> BatchFeature:
@@ -268,4 +277,4 @@ def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder
             batch[name] = torch.cat(both)
         index = torch.cat([index, words["image_index"]])
     batch["pixel_values"] = batch["pixel_values"][index]
-    return BatchFeature({name: value for name, value in batch.items() if not name.startswith("cell_")})
+    return BatchFeature({name: value for name, value in batch.items() if not name.startswith(("cell_", "mask_"))})

@@ -31,6 +31,7 @@ from .clock import Clock
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
+from .mask_regions import MaskRegions
 from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples
@@ -63,6 +64,12 @@ class SceneArguments:
         default=0.3,
         metadata={"help": "factor on the loss that brings image features near the words for what they show"},
     )
+    mask_region_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "factor on the loss by which the queries know what the mask covers; it teaches to find things"
+        },
+    )
     slips: float = field(
         default=0.0, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
     )
@@ -75,6 +82,9 @@ class SceneArguments:
     )
     pretrained_trunk: bool = field(default=True, metadata={"help": "begin with ImageNet weights in the vision trunk"})
     freeze_trunk: bool = field(default=False, metadata={"help": "keep the vision trunk's ImageNet weights as they are"})
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "keep all that makes the image tokens as it is, and train the language model"}
+    )
     trunk_lr_scale: float = field(
         default=0.1, metadata={"help": "learning rate of the vision trunk, times the others'"}
     )
@@ -116,6 +126,10 @@ class SceneTrainer(DrawingTrainer):
         self.word_regions = None
         if words is not None and recipe.word_region_weight > 0:
             self.word_regions = WordRegions(words, processor.tokenizer).to(self.args.device)
+        self.mask_regions = None
+        if recipe.mask_region_weight > 0:
+            width = self.model.config.text_config.hidden_size
+            self.mask_regions = MaskRegions(width, self.encoder.patch_nums).to(self.args.device)
         self.clock = Clock(recipe.minutes)
         self.add_callback(self.clock)
 
@@ -139,7 +153,10 @@ class SceneTrainer(DrawingTrainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        return super().compute_loss(model, self.encoder(inputs), return_outputs, **kwargs)
+        inputs = self.encoder(inputs)
+        if self.mask_regions is None:
+            inputs.pop("mask_shares", None)
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
     def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         cells = {name: inputs.pop(f"cell_{name}", None) for name in ("nouns", "colors")}
@@ -147,6 +164,9 @@ class SceneTrainer(DrawingTrainer):
             return None
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
         return self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
+
+    def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        return self.recipe.mask_region_weight * self.mask_regions(hidden, shares, images)
 
     def evaluate_drawing(self) -> dict[str, float]:
         with torch.compiler.set_stance("force_eager"):  # drawing has many shapes: each would be compiled
@@ -205,6 +225,9 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     per_scene = recipe.expressions_per_scene
     scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, stages, recipe.questions_per_scene)
     model, processor = load_or_build(recipe, scenes)
+    if recipe.freeze_vision:
+        model.model.vlm.vision_tower.requires_grad_(False)
+        model.model.vlm.multi_modal_projector.requires_grad_(False)
     if recipe.compile_layers:
         compile_layers(model)
     words = WordList(bank, token_side(processor.image_seq_length)) if recipe.word_region_weight > 0 else None

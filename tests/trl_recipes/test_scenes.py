@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from trl_recipes.scenes import KIND_WEIGHTS, SceneBank, SceneConfig, SceneDataset, compose_scene
 from trl_recipes.scenes.dataset import flat_expressions
-from trl_recipes.scenes.expressions import sample_expressions
+from trl_recipes.scenes.expressions import name_everything, sample_expressions
 from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, with_article
+from trl_recipes.scenes.view import SceneView
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +288,31 @@ def test_presets_keep_their_sizes(bank, preset, low, high):
         for one in scene.objects:
             longest = max(one.box[2] - one.box[0], one.box[3] - one.box[1]) / 200
             assert low - 0.01 <= longest <= high + 0.01
+
+
+def test_the_preset_names_asks_for_everything_by_its_name(bank):
+    dataset = SceneDataset(bank, SceneConfig(image_size=128).with_preset("names"), 5, 60, 6)
+    several = 0
+    for index in range(60):
+        scene, made = dataset.scene(index)
+        assert len({one.text for one in made}) == 6 and any(one.kind == "none" for one in made)
+        assert {one.kind for one in made} <= {"noun", "plural", "none"}
+        asked = {one.object_ids for one in made if one.kind != "none"}
+        assert len(asked) == sum(one.kind != "none" for one in made)
+        for ids in asked:
+            (name,) = {one.sprite.name for one in scene.objects if one.index in ids}
+            assert [one.index for one in scene.objects if one.visible and one.sprite.name == name] == list(ids)
+        view = SceneView(scene, np.random.default_rng(0))
+        sure = {name for name in {one.sprite.name for one in view.targets} if view.group(name)}
+        assert min(len(sure), 5) <= len(asked) <= 5
+        several += len(asked) > 1
+    assert several > 10
+
+
+def test_names_that_are_too_many_are_left_out(bank):
+    scene = compose_scene(bank, np.random.default_rng(4), SceneConfig(image_size=128).with_preset("names"))
+    made = name_everything(scene, np.random.default_rng(0), 2)
+    assert sorted(one.kind == "none" for one in made) == [False, True]
 
 
 @pytest.mark.parametrize("changes", [{"min_objects": 3, "max_objects": 2}, {"min_scale": 0.9}, {"image_size": 8}])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from processing import ARGenSegProcessor
 from trl_recipes import train_scenes
 from trl_recipes.metrics import SegmentationMetrics
-from trl_recipes.scene_samples import PictureEncoder, SceneCollator, model_inputs
+from trl_recipes.scene_samples import PictureEncoder, SceneCollator, model_inputs, unpack
 from trl_recipes.scenes import flat_expressions
 from trl_recipes.train_scenes import SceneTrainer, curriculum, load_or_build, make_parser
 
@@ -70,6 +70,39 @@ def test_what_rows_share_and_a_head_at_the_answers_alone_change_no_gradient(
         assert {one.last_hidden_state.shape[1] for one in read} == {length, words}
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares_beginning", [False, True])
+def test_queries_are_told_what_the_masks_cover(
+    parts, samples, known_scenes, collated, tmp_path, monkeypatch, shares_beginning
+):
+    model, processor = parts
+    trainer = SceneTrainer(
+        model=model,
+        args=tiny_scenes.training_arguments(tmp_path),
+        train_dataset=samples,
+        processor=processor,
+        validation=flat_expressions(known_scenes, 4),
+        recipe=tiny_scenes.scene_arguments("bank", "tokenizer", mask_region_weight=0.5),
+    )
+    length = len(samples.writer.head) if shares_beginning else 0
+    collator = SceneCollator(processor.tokenizer.pad_token_id, rows_multiple=5, shared_length=length)
+    batch, (_, whole) = collator([samples[0], samples[1]]), collated
+    heard, query_loss = [], trainer.query_loss
+    monkeypatch.setattr(trainer, "query_loss", lambda *parts: heard.append((*parts, query_loss(*parts))) or heard[0][3])
+    loss = trainer.compute_loss(model, dict(batch))
+    hidden, images, shares, part = heard[0]
+    with torch.no_grad():
+        out = model(**whole, output_hidden_states=True)
+    rows, columns = model.model.find_pictures(whole["input_ids"])
+    masks = [mask for i in (0, 1) for mask in unpack(torch.from_numpy(samples[i]["masks"]))]
+    assert len(batch["input_ids"]) > len(rows) == len(masks) == len(hidden)  # what fills up is no picture
+    assert images.tolist() == [i for i in (0, 1) for _ in samples[i]["masks"]]
+    places = columns[:, None] + torch.arange(processor.num_visual_tokens)
+    torch.testing.assert_close(hidden, out.hidden_states[-1][rows[:, None], places])
+    torch.testing.assert_close(shares[:, 0], torch.stack([mask.mean() for mask in masks]))
+    torch.testing.assert_close(loss, out.loss + part)
+    torch.testing.assert_close(part, 0.5 * trainer.mask_regions(hidden, shares, images))
 
 
 def test_the_head_runs_where_it_is_told_to(parts, collated):
@@ -200,6 +233,16 @@ def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, t
     assert json.loads((tmp_path / "processor_config.json").read_text())["num_scales"] == 4
     first, second = tiny_scenes.logged(whole_run), tiny_scenes.logged(tmp_path)
     assert list(second) == [1, 2] and second[1] < first[1]  # its text is learned already
+
+
+def test_what_makes_the_image_tokens_can_be_kept_as_it_is(whole_run, bank_folder, tokenizer_folder, tmp_path):
+    options = dict(freeze_vision=True, mask_region_weight=0.5, slips=1, schedule="names", expressions_per_scene=2)
+    run(*command(bank_folder, tokenizer_folder, tmp_path, start_from=whole_run, max_steps=2, **options))
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole_run, tmp_path))
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    vision = {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
+    assert vision and vision <= kept and not any("language_model" in name for name in kept)
+    assert all(loss > 0 for loss in tiny_scenes.logged(tmp_path, "mask_region_loss").values())
 
 
 def test_overfitting_learns_the_requests_it_is_evaluated_on(learned_folder, known_scenes):

@@ -9,6 +9,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "easy": {"min_objects": 1, "max_objects": 2, "min_scale": 0.4, "max_scale": 0.85},
     "medium": {"min_objects": 1, "max_objects": 4, "min_scale": 0.25, "max_scale": 0.7},
     "full": {"min_objects": 1, "max_objects": 6, "min_scale": 0.15, "max_scale": 0.6},
+    "names": {
+        "min_objects": 4,
+        "max_objects": 6,
+        "min_scale": 0.2,
+        "max_scale": 0.5,
+        "group_share": 0.25,
+        "only_names": True,
+    },
 }
 
 
@@ -17,6 +25,7 @@ class SceneConfig:
     """How scenes are composed. Lengths called scale are fractions of `image_size`.
 
     Attributes:
+        only_names: everything is asked for by its name, and things that are not there; no other kind of request.
         image_size: side of the square picture, pixels.
         min_objects: fewest objects in a scene.
         max_objects: most objects in a scene.
@@ -40,6 +49,7 @@ class SceneConfig:
         jpeg_quality: lowest and highest JPEG quality.
     """
 
+    only_names: bool = False
     image_size: int = 256
     min_objects: int = 1
     max_objects: int = 6
@@ -78,7 +88,7 @@ class SceneConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SceneConfig:
-        """A preset ("easy", "medium", "full") with some fields changed."""
+        """A preset ("easy", "medium", "full", "names") with some fields changed."""
         return cls().with_preset(name, **changes)
 
     def with_preset(self, name: str, **changes: Any) -> SceneConfig:

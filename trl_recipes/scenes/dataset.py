@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from .bank import SceneBank
 from .compose import Scene, compose_scene
 from .config import SceneConfig
-from .expressions import sample_expressions
+from .expressions import name_everything, sample_expressions
 from .questions import Question, sample_questions
 from .view import Expression
 
@@ -86,7 +87,8 @@ class SceneDataset(Dataset):
         config = self.config_at(index)
         for _ in range(_MOST_REDRAWS):
             scene = compose_scene(self.bank, rng, config)
-            found = sample_expressions(scene, None, rng, self.expressions_per_scene)
+            speak = name_everything if config.only_names else partial(sample_expressions, vocabulary=None)
+            found = speak(scene, rng=rng, count=self.expressions_per_scene)
             if len(found) == self.expressions_per_scene:
                 return scene, found
         raise ValueError(

@@ -67,6 +67,40 @@ def sample_expressions(
     return [made[place] for place in rng.permutation(len(made))]
 
 
+def name_everything(scene: Scene, rng: np.random.Generator, count: int) -> list[Expression]:
+    """Everything in a scene by its name, as "noun" or, where there are several, "plural", and, up to `count`, things
+    that are not there: the requests from which a model learns that it matters what is asked for.
+
+    Args:
+        scene: what they are about.
+        rng: the only source of chance.
+        count: how many, of different texts. Where there are more names than that, some are left out, but one request
+            is for a thing that is not there. Fewer come back only if nothing more can be said.
+    """
+    view, found = SceneView(scene, rng), dict[str, Expression]()
+    names = list(dict.fromkeys(one.sprite.name for one in view.targets))
+    for place in rng.permutation(len(names))[: count - 1]:
+        name = names[place]
+        terms = [*_synonyms(view, name), name]
+        term = next((term for term in terms if view.group(term)), name)
+        items = view.group(term)
+        if len(items) == 1:
+            _add(found, Expression(view.template(NOUN_TEMPLATES, term), "noun", view.ids(items)))
+        elif items and term not in NAMES:
+            _add(found, Expression(_all_of(view, term, len(items)), "plural", view.ids(items)))
+    for _ in range(2 * count):
+        if len(found) < count:
+            _add(found, none(view))
+    made_up = list(found.values())
+    return [made_up[place] for place in rng.permutation(len(made_up))]
+
+
+def _synonyms(view: SceneView, name: str) -> list[str]:
+    """One of those of the objects of a name, seldom."""
+    words = [word for one in view.targets if one.sprite.name == name for word in one.sprite.synonyms]
+    return [str(view.choice(words))] if words and view.rng.random() < 0.2 else []
+
+
 def _fill(found: dict[str, Expression], view: SceneView, count: int, repeat: bool) -> None:
     weights = {kind: weight for kind, weight in KIND_WEIGHTS.items() if kind not in _RATIONED}
     misses = dict.fromkeys(weights, 0)
