@@ -27,7 +27,7 @@ from processing import ARGenSegProcessor
 from .drawing_trainer import before_labels
 from .help_format import Help
 from .naming import naming
-from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, model_inputs
+from .scene_samples import MissingEncoder, PictureEncoder, SceneCollator, SceneSamples, model_inputs
 from .scenes import SceneBank, SceneConfig, SceneDataset
 from .train_scenes import SceneArguments
 from .word_regions import WordList, token_side
@@ -40,6 +40,7 @@ VARIANTS = {
     "64 image tokens": "--image_tokens 64",
     "no word regions": "--word_region_weight 0",
     "slips": "--slips 0.5",
+    "mask regions": "--slips 0.5 --mask_region_weight 1",
     "causal within a scale": "--scale_attention causal",
     "loss per token, not per scale": "--visual_loss token",
     "width 128": "--hidden_size 128",
@@ -54,18 +55,6 @@ class AblationArguments:
         default_factory=lambda: list(VARIANTS), metadata={"help": "which runs", "choices": list(VARIANTS)}
     )
     validation_scenes: int = field(default=100, metadata={"help": "scenes that the losses are measured on"})
-
-
-class MissingEncoder(PictureEncoder):
-    """All scales but the last that is drawn miss the thing."""
-
-    def __init__(self, processor: ARGenSegProcessor) -> None:
-        super().__init__(processor, slips=1.0)
-        self.last = (processor.num_scales or len(self.visual_tokenizer.config.patch_nums)) - 1
-
-    def draw_slips(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        whole = torch.ones(count, 1, device=device)
-        return whole, self.last * whole, whole.bool()
 
 
 @torch.no_grad()

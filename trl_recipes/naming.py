@@ -1,6 +1,7 @@
 """How well the image features of a model, compared with its words and without its language model, name things and find
-them, and how well the whole model finds them by name: whether a model that answers wrongly does not see, or does not
-use what it sees. For models that were trained with `WordRegions`.
+them, how well its language model marks them, and how well the whole model draws them: whether a model that answers
+wrongly does not see, does not listen, or does not draw. For models that were trained with `WordRegions`; what is marked
+tells something of those that were trained with `MaskRegions`.
 
     python -m trl_recipes.naming --model hub_cards/argenseg-tiny --bank BANK --split val
 """
@@ -18,7 +19,10 @@ from processing import ARGenSegProcessor
 
 from .evaluation.answers import draw, union
 from .help_format import Help
+from .mask_regions import MaskRegions, shares_of_queries
+from .scene_samples import MissingEncoder, SceneCollator, SceneSamples, model_inputs, scene_turns
 from .scenes import Scene, SceneBank, SceneConfig, SceneDataset
+from .scenes.view import Expression
 from .word_regions import LEAST_SHARE, TEMPERATURE, WordList, WordRegions, shares_of_cells, token_side
 
 
@@ -81,6 +85,35 @@ def drawn(model: Any, processor: Any, scenes: SceneDataset) -> float:
     return mean(right)
 
 
+@torch.no_grad()
+def marked(model: Any, processor: Any, scenes: SceneDataset) -> float:
+    """Share of the names, as in `drawn`, for which the queries of the last scale mark a thing of that name most, while
+    all scales before are empty: what the language model knows of the place before anything is drawn."""
+    encoder = MissingEncoder(processor).to(model.device)
+    regions = MaskRegions(model.config.text_config.hidden_size, encoder.patch_nums).to(model.device)
+    samples, collator = SceneSamples(scenes, processor), SceneCollator(processor.tokenizer.pad_token_id)
+    right: list[float] = []
+    for index in tqdm(range(len(scenes)), desc="marking by name"):
+        scene, _ = scenes.scene(index)
+        names = sorted({item.sprite.name for item in scene.objects})
+        if len(names) == 1:
+            continue
+        rows = samples.writer([scene_turns(processor, Expression(f"the {name}", "noun")) for name in names])
+        masks = [scene.mask([one.index for one in scene.objects if one.sprite.name == name]) for name in names]
+        sample = {"image": samples.picture(scene), "rows": rows, "masks": np.packbits(np.stack(masks), axis=-1)}
+        batch = model_inputs([sample], collator, encoder)
+        batch.pop("labels")
+        hidden = model.model(**batch.to(model.device)).last_hidden_state
+        pictures, columns = model.model.find_pictures(batch["input_ids"])
+        last = columns + int(processor.num_visual_tokens) - regions.sizes[-1]
+        places = last[:, None] + torch.arange(regions.sizes[-1], device=last.device)
+        things = torch.from_numpy(np.stack([scene.mask([one.index]) for one in scene.objects])).to(hidden.device)
+        shares = shares_of_queries(things, encoder.patch_nums[-1:])
+        found = regions.logits(hidden[pictures[:, None], places]).sigmoid() @ (shares / shares.sum(1, keepdim=True)).T
+        right += [scene.objects[int(row.argmax())].sprite.name == name for row, name in zip(found, names, strict=True)]
+    return mean(right)
+
+
 def mean(values: list[float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
@@ -101,7 +134,8 @@ def main(args: argparse.Namespace) -> None:
     words = WordList(SceneBank.from_folder(args.bank, "train"), token_side(processor.image_seq_length))
     bank = SceneBank.from_folder(args.bank, args.split)
     scenes = SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes)
-    result = naming(model, processor, scenes, words) | {"drawn": drawn(model, processor, scenes)}
+    result = naming(model, processor, scenes, words)
+    result |= {"marked": marked(model, processor, scenes), "drawn": drawn(model, processor, scenes)}
     print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))
 
 

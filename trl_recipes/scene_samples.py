@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from processing import ARGenSegProcessor
 
 from .mask_regions import shares_of_queries
-from .scenes import SceneDataset
+from .scenes import Scene, SceneDataset
 from .scenes.view import Expression
 from .word_regions import WordList
 
@@ -101,15 +101,19 @@ class SceneSamples(Dataset):
         turns = [scene_turns(self.processor, one) for one in expressions]
         turns += [(one.text, one.answer) for one in self.scenes.questions(index, scene)]
         rows = sorted(self.writer(turns), key=lambda row: not row["draws"])  # stable
-        image = scene.image
-        if image.size != self.image_size:
-            image = image.resize(self.image_size, Image.Resampling.BICUBIC)
-        sample = {"image": np.asarray(image).transpose(2, 0, 1), "rows": rows}
+        sample = {"image": self.picture(scene), "rows": rows}
         if masks:
             sample["masks"] = np.packbits(np.stack(masks), axis=-1)
         if self.words is not None:
             sample["words"] = self.words.of_cells(scene)
         return sample
+
+    def picture(self, scene: Scene) -> np.ndarray:
+        """The image (3, H, W), uint8, of the size that the model takes."""
+        image = scene.image
+        if image.size != self.image_size:
+            image = image.resize(self.image_size, Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 class SceneCollator:
@@ -256,6 +260,17 @@ class PictureEncoder(nn.Module):
         missed = rand() < MISSED
         chance = torch.where(missed | (rand() < WHOLE), 1.0, rand()) * (rand() < self.slips)
         return chance, torch.where(missed, last, 1 + (rand() * last).long()), missed
+
+
+class MissingEncoder(PictureEncoder):
+    """All scales but the last that is drawn miss the thing."""
+
+    def __init__(self, processor: ARGenSegProcessor) -> None:
+        super().__init__(processor, slips=1.0)
+
+    def draw_slips(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        whole = torch.ones(count, 1, device=device)
+        return whole, (len(self.patch_nums) - 1) * whole, whole.bool()
 
 
 def unpack(bits: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,7 @@ class SceneTrainer(DrawingTrainer):
         return self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
 
     def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        assert self.mask_regions is not None  # nobody asks otherwise
         return self.recipe.mask_region_weight * self.mask_regions(hidden, shares, images)
 
     def evaluate_drawing(self) -> dict[str, float]:

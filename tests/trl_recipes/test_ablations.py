@@ -7,8 +7,8 @@ import tiny_scenes
 import torch
 
 from trl_recipes import ablations, train_scenes
-from trl_recipes.ablations import VARIANTS, MissingEncoder, held_out, options_of_runs
-from trl_recipes.scene_samples import PictureEncoder, SceneCollator
+from trl_recipes.ablations import VARIANTS, held_out, options_of_runs
+from trl_recipes.scene_samples import MissingEncoder, PictureEncoder, SceneCollator
 
 RUNS = ["recipe", "vision trunk from scratch"]
 

@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from trl_recipes import naming as module
-from trl_recipes.naming import drawn, naming
+from trl_recipes.mask_regions import MaskRegions, shares_of_queries
+from trl_recipes.naming import drawn, marked, naming
 from trl_recipes.scenes import SceneDataset
 from trl_recipes.word_regions import WordList, WordRegions
 
@@ -66,6 +68,38 @@ def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(
     words = WordList(scenes.bank, side=16)
     chance = naming(Seeing(scenes, parts[1], words), parts[1], scenes, words)["chance"]
     assert several and 0 < chance < 1
+    assert result == pytest.approx(1.0 if obedient else chance)
+
+
+class Marking(torch.nn.Module):
+    """Its queries mark, in every scene, what is named, or the scene's first thing whatever the name."""
+
+    def __init__(self, model, processor, scenes, obedient):
+        super().__init__()
+        self.config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=8))
+        self.model, self.device = self, torch.device("cpu")
+        self.find_pictures, self.length = model.model.find_pictures, processor.num_visual_tokens
+        self.regions = MaskRegions(8, processor.visual_tokenizer.config.patch_nums)
+        self.shown, self.obedient = iter(scenes), obedient
+
+    def forward(self, input_ids, **kwargs):
+        scene = next(self.shown)
+        names = sorted(names_of(scene)) if self.obedient else [scene.objects[0].sprite.name] * len(names_of(scene))
+        masks = [scene.mask([one.index for one in scene.objects if one.sprite.name == name]) for name in names]
+        shares = shares_of_queries(torch.from_numpy(np.stack(masks)), [1, 2, 4, 8])
+        hidden = torch.zeros(*input_ids.shape, 8)
+        rows, columns = self.find_pictures(input_ids)
+        places = columns[:, None] + torch.arange(self.length)
+        hidden[rows[:, None], places] = 5 * (2 * shares[..., None] - 1) * self.regions.direction
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+def test_queries_that_mark_what_is_named_are_told_from_those_that_do_not_listen(parts, scenes, obedient):
+    several = [one for one in (scenes.scene(i)[0] for i in range(len(scenes))) if len(names_of(one)) > 1]
+    result = marked(Marking(*parts, several, obedient), parts[1], scenes)
+    words = WordList(scenes.bank, side=16)
+    chance = naming(Seeing(scenes, parts[1], words), parts[1], scenes, words)["chance"]
     assert result == pytest.approx(1.0 if obedient else chance)
 
 
