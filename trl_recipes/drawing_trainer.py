@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, Trainer
 
+from .mask_regions import at_queries
+
 
 class DrawingTrainer(Trainer):
     """Subclasses say in `evaluate_drawing` what is drawn and measured.
@@ -52,24 +54,17 @@ class DrawingTrainer(Trainer):
             outputs = [model(**part) for part in parts]
             loss, text_loss = self.whole_loss(outputs, parts)
             if shares is not None:
-                hidden, drawn = self.at_queries(outputs[0].hidden_states[-1], parts[0])
-                logged["mask_region_loss"] = self.query_loss(hidden, images[drawn], shares[drawn])
+                unwrapped = self.accelerator.unwrap_model(model)
+                hidden, rows = at_queries(unwrapped, outputs[0].hidden_states[-1], parts[0]["input_ids"])
+                learned = (parts[0]["labels"][rows] != -100).any(1)  # other rows only fill up the batch
+                rows = rows[learned]
+                logged["mask_region_loss"] = self.query_loss(hidden[learned], images[rows], shares[rows])
             loss = sum(logged.values(), start=loss)
             logged |= {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
         if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
             self._parts = {name: round(float(value.detach()), 4) for name, value in logged.items()}
         outputs[0].loss = loss
         return (loss, outputs[0]) if return_outputs else loss
-
-    def at_queries(self, hidden: torch.Tensor, part: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of hidden states (B, L, hidden) those at the queries of the pictures that are learned (N, T, hidden), and
-        their rows (N,); rows that only fill up a batch have no labels."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        rows, columns = unwrapped.model.find_pictures(part["input_ids"])
-        learned = (part["labels"][rows] != -100).any(1)
-        rows, columns = rows[learned], columns[learned]
-        places = columns[:, None] + torch.arange(unwrapped.config.picture_length, device=columns.device)
-        return hidden[rows[:, None], places], rows
 
     def whole_loss(self, outputs: list[Any], parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and text loss of all parts, the first of which may draw: text labels count alike wherever they are."""

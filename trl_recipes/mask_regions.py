@@ -10,6 +10,7 @@ be kept after training.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,19 @@ def shares_of_queries(masks: torch.Tensor, patch_nums: list[int]) -> torch.Tenso
     return torch.cat(scales, dim=1)
 
 
+def at_queries(model: Any, hidden: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the hidden states (B, L, hidden) of a stream (B, L) those at the queries of its pictures (N, T, hidden), and
+    the rows (N,) of these."""
+    rows, columns = model.model.find_pictures(input_ids)
+    places = columns[:, None] + torch.arange(model.config.picture_length, device=columns.device)
+    return hidden[rows[:, None], places], rows
+
+
+def mean_on_masks(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Means (N, M) of values (N, cells) over what masks cover, shares (M, cells); zero where they cover nothing."""
+    return values @ (shares / shares.sum(1, keepdim=True).clamp(min=1e-6)).T
+
+
 class MaskRegions(nn.Module):
     """The loss.
 
@@ -39,7 +53,7 @@ class MaskRegions(nn.Module):
         super().__init__()
         self.sizes = [side * side for side in patch_nums]
         signs = torch.ones(hidden_size)
-        signs[1::2] = -1.0  # any direction will do; this one is nearly at right angles to what a mean might do
+        signs[1::2] = -1.0  # any direction will do; this one is at right angles to a shift of all
         self.register_buffer("direction", signs / math.sqrt(hidden_size), persistent=False)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -63,8 +77,7 @@ class MaskRegions(nn.Module):
     def compare(logits: torch.Tensor, shares: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of which mask of its image a request fits, and of which request a mask fits; fitting is the
         mean logit on a mask. Zero where no image has two."""
-        weights = shares / shares.sum(1, keepdim=True).clamp(min=1e-6)
-        fits = logits @ weights.T  # (requests, masks)
+        fits = mean_on_masks(logits, shares)  # (requests, masks)
         covered = torch.minimum(shares[:, None], shares[None]).sum(-1) / shares.sum(1).clamp(min=1e-6)
         right, together = covered > SAME, images[:, None] == images
         right = (right | torch.eye(len(images), dtype=torch.bool, device=images.device)) & together

@@ -7,6 +7,7 @@ tells something of those that were trained with `MaskRegions`.
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from processing import ARGenSegProcessor
 
 from .evaluation.answers import draw, union
 from .help_format import Help
-from .mask_regions import MaskRegions, shares_of_queries
+from .mask_regions import MaskRegions, at_queries, mean_on_masks
 from .scene_samples import MissingEncoder, SceneCollator, SceneSamples, model_inputs, scene_turns
 from .scenes import Scene, SceneBank, SceneConfig, SceneDataset
 from .scenes.view import Expression
@@ -67,16 +68,21 @@ def likeness_of_things(model: Any, processor: Any, scene: Scene, names: torch.Te
     return torch.stack([words[torch.from_numpy(cells)].mean(0) for cells in shown])
 
 
+def several_names(scenes: SceneDataset, title: str) -> Iterator[tuple[Scene, list[str]]]:
+    """The scenes that show several names, and these, with a progress bar."""
+    for index in tqdm(range(len(scenes)), desc=title):
+        scene, _ = scenes.scene(index)
+        names = sorted({item.sprite.name for item in scene.objects})
+        if len(names) > 1:
+            yield scene, names
+
+
 def drawn(model: Any, processor: Any, scenes: SceneDataset) -> float:
     """Share of the names, each asked for once in every scene with several, for which the mask lies mostly on a thing of
     that name; nothing drawn is wrong. A model that always draws one thing, whatever the name, reaches the `chance` of
     `naming`. NaN where there is nothing to count."""
     right: list[float] = []
-    for index in tqdm(range(len(scenes)), desc="asking by name"):
-        scene, _ = scenes.scene(index)
-        names = sorted({item.sprite.name for item in scene.objects})
-        if len(names) == 1:
-            continue
+    for scene, names in several_names(scenes, "asking by name"):
         samples = [{"image": scene.image, "text": f"the {name}"} for name in names]
         for name, answer in zip(names, draw(model, processor, samples), strict=True):
             mask = union(answer)
@@ -89,27 +95,20 @@ def drawn(model: Any, processor: Any, scenes: SceneDataset) -> float:
 def marked(model: Any, processor: Any, scenes: SceneDataset) -> float:
     """Share of the names, as in `drawn`, for which the queries of the last scale mark a thing of that name most, while
     all scales before are empty: what the language model knows of the place before anything is drawn."""
-    encoder = MissingEncoder(processor).to(model.device)
+    encoder, side = MissingEncoder(processor), model.config.patch_nums[-1]
     regions = MaskRegions(model.config.text_config.hidden_size, encoder.patch_nums).to(model.device)
     samples, collator = SceneSamples(scenes, processor), SceneCollator(processor.tokenizer.pad_token_id)
     right: list[float] = []
-    for index in tqdm(range(len(scenes)), desc="marking by name"):
-        scene, _ = scenes.scene(index)
-        names = sorted({item.sprite.name for item in scene.objects})
-        if len(names) == 1:
-            continue
+    for scene, names in several_names(scenes, "marking by name"):
         rows = samples.writer([scene_turns(processor, Expression(f"the {name}", "noun")) for name in names])
         masks = [scene.mask([one.index for one in scene.objects if one.sprite.name == name]) for name in names]
         sample = {"image": samples.picture(scene), "rows": rows, "masks": np.packbits(np.stack(masks), axis=-1)}
         batch = model_inputs([sample], collator, encoder)
         batch.pop("labels")
         hidden = model.model(**batch.to(model.device)).last_hidden_state
-        pictures, columns = model.model.find_pictures(batch["input_ids"])
-        last = columns + int(processor.num_visual_tokens) - regions.sizes[-1]
-        places = last[:, None] + torch.arange(regions.sizes[-1], device=last.device)
-        things = torch.from_numpy(np.stack([scene.mask([one.index]) for one in scene.objects])).to(hidden.device)
-        shares = shares_of_queries(things, encoder.patch_nums[-1:])
-        found = regions.logits(hidden[pictures[:, None], places]).sigmoid() @ (shares / shares.sum(1, keepdim=True)).T
+        marks = regions.logits(at_queries(model, hidden, batch["input_ids"])[0]).sigmoid().cpu()[:, -side * side :]
+        shares = shares_of_cells(scene, side)[[one.index for one in scene.objects]]
+        found = mean_on_masks(marks, torch.from_numpy(shares).float())
         right += [scene.objects[int(row.argmax())].sprite.name == name for row, name in zip(found, names, strict=True)]
     return mean(right)
 

@@ -17,7 +17,6 @@ from transformers import BatchFeature
 
 from processing import ARGenSegProcessor
 
-from .mask_regions import shares_of_queries
 from .scenes import Scene, SceneDataset
 from .scenes.view import Expression
 from .word_regions import WordList
@@ -210,27 +209,25 @@ class PictureEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalises `pixel_values`, and writes the tokens of `masks` into `input_ids` and the right ones into
-        `labels`; `mask_shares` (M, T) is how much each mask covers of the cell of each token."""
+        `labels`."""
         batch = dict(batch)
         batch["pixel_values"] = (batch["pixel_values"].float() - self.mean) / self.std
         masks = batch.pop("masks", None)
         if masks is not None:
-            masks = unpack(masks)
-            batch["mask_shares"] = shares_of_queries(masks, self.patch_nums)
             drawn, right = self.encode(masks)
             for name, ids in (("input_ids", drawn), ("labels", right)):
                 places = batch[name] >= self.offset
                 batch[name] = batch[name].masked_scatter(places, ids + self.offset)
         return batch
 
-    def encode(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (M, H, W) to the codebook indices (M, T) that stand in the stream, and the right ones."""
-        pictures = masks[:, None]
+    def encode(self, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks (M, H, W / 8) as bits to the codebook indices (M, T) that stand in the stream, and the right ones."""
+        pictures = unpack(bits)[:, None]
         for side in self.sizes:
             pictures = F.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True)
             pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
         channels = self.visual_tokenizer.config.num_channels
-        with torch.autocast(masks.device.type, enabled=False):
+        with torch.autocast(bits.device.type, enabled=False):
             latents = self.visual_tokenizer.latent((2 * pictures - 1).expand(-1, channels, -1, -1))
             drawn, right = self.quantise(latents)
         return drawn[:, : self.count], right[:, : self.count]
@@ -292,4 +289,4 @@ def model_inputs(samples: list[dict[str, Any]], collator: SceneCollator, encoder
             batch[name] = torch.cat(both)
         index = torch.cat([index, words["image_index"]])
     batch["pixel_values"] = batch["pixel_values"][index]
-    return BatchFeature({name: value for name, value in batch.items() if not name.startswith(("cell_", "mask_"))})
+    return BatchFeature({name: value for name, value in batch.items() if not name.startswith("cell_")})

@@ -31,10 +31,10 @@ from .clock import Clock
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
-from .mask_regions import MaskRegions
+from .mask_regions import MaskRegions, shares_of_queries
 from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
-from .scene_samples import PictureEncoder, SceneCollator, SceneSamples
+from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor
 from .word_regions import WordList, WordRegions, token_side
@@ -153,10 +153,10 @@ class SceneTrainer(DrawingTrainer):
         return self.lr_scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        inputs = self.encoder(inputs)
-        if self.mask_regions is None:
-            inputs.pop("mask_shares", None)
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        encoded = self.encoder(inputs)
+        if self.mask_regions is not None and "masks" in inputs:
+            encoded["mask_shares"] = shares_of_queries(unpack(inputs["masks"]), self.encoder.patch_nums)
+        return super().compute_loss(model, encoded, return_outputs, **kwargs)
 
     def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         cells = {name: inputs.pop(f"cell_{name}", None) for name in ("nouns", "colors")}
@@ -209,6 +209,9 @@ def load_or_build(
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
+    if recipe.freeze_vision:
+        model.model.vlm.vision_tower.requires_grad_(False)
+        model.model.vlm.multi_modal_projector.requires_grad_(False)
     processor.num_scales = model.config.num_scales = recipe.num_scales
     return model, processor
 
@@ -226,9 +229,6 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     per_scene = recipe.expressions_per_scene
     scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, stages, recipe.questions_per_scene)
     model, processor = load_or_build(recipe, scenes)
-    if recipe.freeze_vision:
-        model.model.vlm.vision_tower.requires_grad_(False)
-        model.model.vlm.multi_modal_projector.requires_grad_(False)
     if recipe.compile_layers:
         compile_layers(model)
     words = WordList(bank, token_side(processor.image_seq_length)) if recipe.word_region_weight > 0 else None

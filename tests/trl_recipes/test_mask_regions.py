@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_recipes.mask_regions import GAIN, MaskRegions, shares_of_queries
+from trl_recipes.mask_regions import GAIN, MaskRegions, mean_on_masks, shares_of_queries
 
 SIDES = [1, 2, 4]
 
@@ -47,6 +47,11 @@ def test_only_masks_of_one_image_are_told_from_each_other():
     assert regions.compare(listening, shares, torch.tensor([0, 0])) < 1e-3
     same = shares[:1].expand(2, -1)  # two requests for one thing contradict each other in nothing
     assert regions.compare(stubborn, same, torch.tensor([0, 0])) == 0
+
+
+def test_a_thing_that_shows_nowhere_is_marked_nowhere():
+    shares = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0.5, 0]])
+    torch.testing.assert_close(mean_on_masks(torch.tensor([[0.9, 0, 0.3, 0]]), shares), torch.tensor([[0.0, 0.7]]))
 
 
 def test_nothing_drawn_is_no_loss():

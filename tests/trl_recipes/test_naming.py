@@ -76,7 +76,10 @@ class Marking(torch.nn.Module):
 
     def __init__(self, model, processor, scenes, obedient):
         super().__init__()
-        self.config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=8))
+        text_config, config = SimpleNamespace(hidden_size=8), model.config
+        self.config = SimpleNamespace(
+            text_config=text_config, picture_length=config.picture_length, patch_nums=config.patch_nums
+        )
         self.model, self.device = self, torch.device("cpu")
         self.find_pictures, self.length = model.model.find_pictures, processor.num_visual_tokens
         self.regions = MaskRegions(8, processor.visual_tokenizer.config.patch_nums)
@@ -86,7 +89,7 @@ class Marking(torch.nn.Module):
         scene = next(self.shown)
         names = sorted(names_of(scene)) if self.obedient else [scene.objects[0].sprite.name] * len(names_of(scene))
         masks = [scene.mask([one.index for one in scene.objects if one.sprite.name == name]) for name in names]
-        shares = shares_of_queries(torch.from_numpy(np.stack(masks)), [1, 2, 4, 8])
+        shares = shares_of_queries(torch.from_numpy(np.stack(masks)), self.config.patch_nums)
         hidden = torch.zeros(*input_ids.shape, 8)
         rows, columns = self.find_pictures(input_ids)
         places = columns[:, None] + torch.arange(self.length)

@@ -5,15 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_recipes.scene_samples import (
-    ABSENT,
-    PictureEncoder,
-    SceneCollator,
-    SceneSamples,
-    StreamWriter,
-    model_inputs,
-    unpack,
-)
+from trl_recipes.scene_samples import ABSENT, PictureEncoder, SceneCollator, SceneSamples, StreamWriter, model_inputs
 from trl_recipes.scenes import SceneDataset
 
 
@@ -191,11 +183,10 @@ def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator, 
     wrong = ids != right
     assert 0.1 < wrong[:, :21].float().mean() < 0.9 and not wrong[:, 21:].any()  # the last scale is what it must be
     assert torch.equal(slipped["input_ids"][~labelled], plain["input_ids"][~labelled])
-    encoder, masks = PictureEncoder(processor, slips=1.0), unpack(batch["masks"])
-    plain_codes = PictureEncoder(processor).encode(masks)[0]
+    encoder, plain_codes = PictureEncoder(processor, slips=1.0), PictureEncoder(processor).encode(batch["masks"])[0]
     truth, error, broken = processor.visual_tokenizer.decode(plain_codes), 0.0, 0.0
     for _ in range(10):
-        drawn, _ = encoder.encode(masks)
+        drawn, _ = encoder.encode(batch["masks"])
         unmended = torch.cat([drawn[:, :21], plain_codes[:, 21:]], dim=1)
         error += float((processor.visual_tokenizer.decode(drawn) - truth).abs().mean())
         broken += float((processor.visual_tokenizer.decode(unmended) - truth).abs().mean())
@@ -206,7 +197,7 @@ def test_whole_scales_are_missed_or_those_of_another_picture(parts, samples, col
     processor = parts[1]
     quantizer = processor.visual_tokenizer.quantize
     usual = torch.cat([quantizer.log_frequency(k).argmax().expand(n) for k, n in enumerate((1, 4, 16))])
-    encoder, masks = PictureEncoder(processor, slips=1.0), unpack(collator([samples[0], samples[1]])["masks"])
+    encoder, masks = PictureEncoder(processor, slips=1.0), collator([samples[0], samples[1]])["masks"]
     torch.manual_seed(0)
     missed, others = 0, 0
     for _ in range(20):

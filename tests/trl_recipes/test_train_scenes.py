@@ -32,6 +32,17 @@ def collated(parts, samples):
     return batch, model_inputs(both, SceneCollator(pad), PictureEncoder(parts[1]))
 
 
+def make_trainer(parts, samples, scenes, output: Path, **changes) -> SceneTrainer:
+    return SceneTrainer(
+        model=parts[0],
+        args=tiny_scenes.training_arguments(output),
+        train_dataset=samples,
+        processor=parts[1],
+        validation=flat_expressions(scenes, 4),
+        recipe=tiny_scenes.scene_arguments("bank", "tokenizer", **changes),
+    )
+
+
 @pytest.mark.parametrize("visual_loss", ["scale", "token"])
 @pytest.mark.parametrize("shares_beginning", [False, True])
 def test_what_rows_share_and_a_head_at_the_answers_alone_change_no_gradient(
@@ -39,14 +50,7 @@ def test_what_rows_share_and_a_head_at_the_answers_alone_change_no_gradient(
 ):
     model, processor = parts
     model.config.visual_loss = visual_loss
-    trainer = SceneTrainer(
-        model=model,
-        args=tiny_scenes.training_arguments(tmp_path),
-        train_dataset=samples,
-        processor=processor,
-        validation=flat_expressions(known_scenes, 4),
-        recipe=tiny_scenes.scene_arguments("bank", "tokenizer"),
-    )
+    trainer = make_trainer(parts, samples, known_scenes, tmp_path)
     batch, whole = collated
     assert "words" in batch  # something that is not there
     if not shares_beginning:
@@ -77,14 +81,7 @@ def test_queries_are_told_what_the_masks_cover(
     parts, samples, known_scenes, collated, tmp_path, monkeypatch, shares_beginning
 ):
     model, processor = parts
-    trainer = SceneTrainer(
-        model=model,
-        args=tiny_scenes.training_arguments(tmp_path),
-        train_dataset=samples,
-        processor=processor,
-        validation=flat_expressions(known_scenes, 4),
-        recipe=tiny_scenes.scene_arguments("bank", "tokenizer", mask_region_weight=0.5),
-    )
+    trainer = make_trainer(parts, samples, known_scenes, tmp_path, mask_region_weight=0.5)
     length = len(samples.writer.head) if shares_beginning else 0
     collator = SceneCollator(processor.tokenizer.pad_token_id, rows_multiple=5, shared_length=length)
     batch, (_, whole) = collator([samples[0], samples[1]]), collated

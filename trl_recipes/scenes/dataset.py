@@ -85,9 +85,9 @@ class SceneDataset(Dataset):
             raise IndexError(f"Index {index} is outside a dataset of {self.length} scenes.")
         rng = np.random.default_rng([self.seed, index])
         config = self.config_at(index)
+        speak = name_everything if config.only_names else partial(sample_expressions, vocabulary=None)
         for _ in range(_MOST_REDRAWS):
             scene = compose_scene(self.bank, rng, config)
-            speak = name_everything if config.only_names else partial(sample_expressions, vocabulary=None)
             found = speak(scene, rng=rng, count=self.expressions_per_scene)
             if len(found) == self.expressions_per_scene:
                 return scene, found
