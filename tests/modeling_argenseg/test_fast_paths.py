@@ -440,11 +440,11 @@ class TestPreviews:
                 processor.post_process_segmentation(early, **options)
 
     def test_stream(self, toy_folder, processor, inputs) -> None:
-        model, threads = load(toy_folder), threading.active_count()
+        model, threads = load(toy_folder), set(threading.enumerate())
         stream = model.stream(**inputs, picture_answer_ids=processor.picture_answer_ids, return_dict_in_generate=True)
         seen = list(stream)
         plain = run(model, inputs)
-        assert torch.equal(stream.outputs.sequences, plain.sequences) and threading.active_count() == threads
+        assert torch.equal(stream.outputs.sequences, plain.sequences) and set(threading.enumerate()) <= threads
         first = seen[:4]
         assert [one.scale for one in first] == [1, 2, 3, 4] and [one.complete for one in first] == [False] * 3 + [True]
         assert first[0].rows.tolist() == [0, 3, 4]
@@ -456,12 +456,12 @@ class TestPreviews:
         assert (first[3].codes[0] + processor.visual_token_offset).tolist() == answer[at : at + 30]
 
     def test_a_listener_may_leave(self, toy_folder, processor, inputs) -> None:
-        model, threads = load(toy_folder), threading.active_count()
+        model, threads = load(toy_folder), set(threading.enumerate())
         lengths = passes(model)
         for partial in model.stream(**single(inputs, 0), picture_answer_ids=processor.picture_answer_ids):
             if partial.scale == 2:
                 break
-        assert threading.active_count() == threads and len(lengths) == 3
+        assert set(threading.enumerate()) <= threads and len(lengths) == 3
 
     def test_errors_reach_the_listener(self, toy_folder, inputs) -> None:
         with pytest.raises(ValueError, match="must be one of"):
