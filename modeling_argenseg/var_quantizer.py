@@ -7,7 +7,7 @@ Shapes: B batch, D latent channels, V codebook entries, K scales of side p_1..p_
 h = w = p_K the side of the latent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -136,12 +136,21 @@ class MultiScaleQuantizer(nn.Module):
         return reduced.permute(0, 2, 3, 1).flatten(0, 2)
 
     @torch.no_grad()
-    def encode(self, f_BDhw: torch.Tensor) -> torch.Tensor:
-        """Latent (B, D, h, w) to visual tokens (B, T)."""
+    def encode(
+        self, f_BDhw: torch.Tensor, choose: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Latent (B, D, h, w) to visual tokens (B, T).
+
+        Args:
+            f_BDhw: the latent.
+            choose: residual vectors (B * p_k^2, D) and their scale to the tokens (B * p_k^2,) that stand for them;
+                default: `nearest`. Finer scales code what these leave over, whatever they are.
+        """
+        choose = self.nearest if choose is None else choose
         with torch.autocast(f_BDhw.device.type, enabled=False):
             rest, ids = f_BDhw.to(self.embedding.weight.dtype), []
             for scale in range(len(self.patch_nums)):
-                ids_Bl = self.nearest(self.rest_at_scale(rest, scale), scale).view(rest.shape[0], -1)
+                ids_Bl = choose(self.rest_at_scale(rest, scale), scale).view(rest.shape[0], -1)
                 rest = rest - self.contribution(ids_Bl, scale)
                 ids.append(ids_Bl)
             return torch.cat(ids, dim=1)

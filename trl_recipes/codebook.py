@@ -41,20 +41,20 @@ def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, places: bool = 
     """Codes a latent, and counts; without `places` nothing waits for the GPU."""
     codebook = quantizer.embedding.weight
     hits, sums = torch.zeros_like(quantizer.ema_vocab_hit_SV), torch.zeros_like(codebook)
-    rest, f_hats, found = f_BDhw, [], []
+    found = [f_BDhw.new_empty(0, codebook.shape[1])]
     share = -(-len(codebook) // len(quantizer.patch_nums))
-    with torch.autocast(f_BDhw.device.type, enabled=False):
-        for scale in range(len(quantizer.patch_nums)):
-            vectors = quantizer.rest_at_scale(rest, scale)
-            ids = nearest(quantizer, vectors, scale)
-            hits[scale].index_add_(0, ids, hits.new_ones(len(ids)))
-            sums.index_add_(0, ids, vectors)
-            if places:
-                error = (vectors - codebook[ids]).square().sum(1)
-                found.append(vectors[torch.multinomial(error.clamp(min=1e-9), min(share, len(error)))])
-            rest = rest - quantizer.contribution(ids.view(len(rest), -1), scale)
-            f_hats.append(f_BDhw - rest)
-    return Coded(f_hats, hits, sums, rest.square().sum(), torch.cat(found) if places else vectors[:0])
+
+    def choose(vectors: torch.Tensor, scale: int) -> torch.Tensor:
+        ids = nearest(quantizer, vectors, scale)
+        hits[scale].index_add_(0, ids, hits.new_ones(len(ids)))
+        sums.index_add_(0, ids, vectors)
+        if places:
+            error = (vectors - codebook[ids]).square().sum(1)
+            found.append(vectors[torch.multinomial(error.clamp(min=1e-9), min(share, len(error)))])
+        return ids
+
+    f_hats = list(quantizer.accumulate(quantizer.encode(f_BDhw, choose)))
+    return Coded(f_hats, hits, sums, (f_BDhw - f_hats[-1]).square().sum(), torch.cat(found))
 
 
 @torch.no_grad()

@@ -240,15 +240,15 @@ class PictureEncoder(nn.Module):
             return ids, ids
         chance, until, missed = self.draw_slips(len(latents), latents.device)
         other = torch.randperm(len(latents), device=latents.device)
-        rest, drawn, right = latents, [], []
-        for scale in range(len(quantizer.patch_nums)):
-            ids = quantizer.nearest(quantizer.rest_at_scale(rest, scale), scale).view(len(latents), -1)
+        right: list[torch.Tensor] = []
+
+        def choose(vectors: torch.Tensor, scale: int) -> torch.Tensor:
+            ids = quantizer.nearest(vectors, scale).view(len(latents), -1)
             right.append(ids)
             wrong = torch.where(missed, quantizer.log_frequency(scale).argmax(), ids[other])  # the usual code is empty
-            ids = torch.where((scale < until) & (torch.rand(ids.shape, device=ids.device) < chance), wrong, ids)
-            drawn.append(ids)
-            rest = rest - quantizer.contribution(ids, scale)
-        return torch.cat(drawn, dim=1), torch.cat(right, dim=1)
+            return torch.where((scale < until) & (torch.rand(ids.shape, device=ids.device) < chance), wrong, ids)
+
+        return quantizer.encode(latents, choose), torch.cat(right, dim=1)
 
     def draw_slips(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(count, 1) each: the chance of a token to be wrong, before which scale, and whether it is then the empty one
