@@ -169,6 +169,10 @@ class SceneTrainer(DrawingTrainer):
         assert self.mask_regions is not None  # nobody asks otherwise
         return self.recipe.mask_region_weight * self.mask_regions(hidden, shares, images)
 
+    def finish(self) -> None:
+        """What is to be done before the model and its processor are saved."""
+        self.encoder.to("cpu")  # and with it the processor's visual tokenizer
+
     def evaluate_drawing(self) -> dict[str, float]:
         with torch.compiler.set_stance("force_eager"):  # drawing has many shapes: each would be compiled
             return evaluate_expressions(self.model, self.processor, self.validation)
@@ -216,7 +220,7 @@ def load_or_build(
     return model, processor
 
 
-def main(recipe: SceneArguments, training: TrainingArguments) -> None:
+def main(recipe: SceneArguments, training: TrainingArguments, trainer_class: type[SceneTrainer] = SceneTrainer) -> None:
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
     output = Path(training.output_dir)
@@ -242,7 +246,7 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         test = SceneBank.from_folder(recipe.bank, "val")
         held_out = SceneDataset(test, SceneConfig.preset(recipe.eval_preset), 1, recipe.eval_expressions, per_scene)
         validation = flat_expressions(held_out, recipe.eval_expressions)
-    trainer = SceneTrainer(
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=samples,
@@ -257,8 +261,8 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     )
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    trainer.finish()
     trainer.save_model(output)
-    trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     processor.save_pretrained(output)
 
 
