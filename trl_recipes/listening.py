@@ -6,11 +6,13 @@
 
 All requests of a batch are answered by coarse pictures whose first scales say nothing or are mistaken (`--slips`), so
 that the queries have to find what is asked for by themselves (see `mask_regions`). That alone would soon cost the fine
-scales, which go on from right coarse ones. So some of the requests are answered by whole pictures, too, where the fine
-scales are held to what the model said that the run started from (Li and Hoiem, "Learning without forgetting", 2016);
-the first ones, which the words decide, are learned from the masks.
+scales, which go on from right coarse ones. So some of the requests are answered by whole pictures, too, and these are
+held to what the model said that the run started from (Li and Hoiem, "Learning without forgetting", 2016). Only the
+first scales of what is asked for by its name, which the words decide, are learned from the masks. What is held is the
+model's choice as it draws, with its `picture_logit_adjustment`: without it most tokens are empty, and the few that say
+where the thing is count for nothing.
 
-The options are those of `train_scenes`, some with other defaults, and `--hold_weight` and `--held_requests`.
+The options are those of `train_scenes`, some with other defaults, and those that hold.
 """
 
 from collections.abc import Iterator
@@ -35,7 +37,7 @@ from .train_scenes import SceneArguments, SceneTrainer
 class ListeningArguments(SceneArguments):
     num_scales: int | None = field(default=4, metadata={"help": "scales of the coarse pictures"})
     schedule: list[str] = field(
-        default_factory=lambda: ["names", "names", "names+full"],
+        default_factory=lambda: ["names+full"],
         metadata={"help": "presets, in equal parts of the run; joined by + they take turns, scene by scene"},
     )
     expressions_per_scene: int = field(default=6, metadata={"help": "requests for each image"})
@@ -47,18 +49,22 @@ class ListeningArguments(SceneArguments):
     freeze_trunk: bool = field(default=True, metadata={"help": "keep the vision trunk as it is"})
     freeze_vision: bool = field(default=True, metadata={"help": "train the language model alone"})
     hold_to: str | None = field(
-        default=None, metadata={"help": "model folder that the fine scales are held to; default: --start_from"}
+        default=None, metadata={"help": "model folder that they are held to; default: --start_from"}
     )
     hold_weight: float = field(
-        default=2.0, metadata={"help": "factor on the loss that holds the fine scales to what they were"}
+        default=2.0, metadata={"help": "factor on the loss that holds whole pictures to what they were"}
     )
     held_requests: int = field(default=1, metadata={"help": "requests for each image answered by whole pictures, too"})
-    held_scales: int = field(default=2, metadata={"help": "how many of the last scales are held"})
+    held_scales: int = field(
+        default=2, metadata={"help": "how many of the last scales are held where a thing is asked for by its name"}
+    )
+    hold_adjustment: float = field(
+        default=0.6, metadata={"help": "picture_logit_adjustment of the choice that is held"}
+    )
 
 
 class ListeningTrainer(SceneTrainer):
-    """A run that draws the first scales only, and holds the last ones of whole pictures to those of the model
-    `before`."""
+    """A run that draws the first scales only, and holds whole pictures to those of the model `before`."""
 
     recipe: ListeningArguments
 
@@ -87,9 +93,9 @@ class ListeningTrainer(SceneTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if "masks" in inputs:
             with self.accelerator.autocast(), self.all_scales():
-                first, fine = self.hold(self.accelerator.unwrap_model(model), self.held(inputs))
-            self.note({"first_scales_loss": first, "hold_loss": fine})
-            loss = loss + first + fine
+                first, gone = self.hold(self.accelerator.unwrap_model(model), self.held(inputs))
+            self.note({"first_scales_loss": first, "hold_loss": gone})
+            loss = loss + first + gone
         return (loss, outputs) if return_outputs else loss
 
     def held(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -105,25 +111,31 @@ class ListeningTrainer(SceneTrainer):
         columns = torch.arange(visual.shape[1] + self.tail, device=index.device)
         source = columns - (columns - last).clamp(0, self.tail)  # the last visual token stands `tail` times more
         batch = {name: inputs[name][rows].gather(1, source) for name in ("input_ids", "attention_mask", "labels")}
-        batch |= {"pixel_values": inputs["pixel_values"], "image_index": index[rows], "masks": inputs["masks"][rows]}
-        return self.whole_pictures(batch) | {"shared_length": inputs.get("shared_length", 0)}
+        batch |= {name: inputs[name][rows] for name in ("image_index", "masks")}
+        whole = self.whole_pictures(batch | {"pixel_values": inputs["pixel_values"]})
+        return whole | {"by_name": inputs["by_name"][rows], "shared_length": inputs.get("shared_length", 0)}
 
     def hold(self, model: ARGenSegForConditionalGeneration, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of the first scales, and how far the last ones have gone from what they were."""
-        labels = batch.pop("labels")
+        """What the first scales have to learn from the masks, and how far all others have gone from what they were."""
+        labels, by_name = batch.pop("labels"), batch.pop("by_name")
         codes = labels[model.config.is_visual(labels)].view(len(labels), -1) - model.config.visual_token_offset
         sizes = [side * side for side in model.config.patch_nums]
         logits = self.visual_logits(model, batch).split(sizes, dim=1)
         with torch.no_grad():
-            before = self.visual_logits(self.before, batch).log_softmax(-1).split(sizes, dim=1)
-        first, fine = [], []
+            before = self.visual_logits(self.before, batch).split(sizes, dim=1)
+        first, others, last = [], [], []
         for scale, (now, then, right) in enumerate(zip(logits, before, codes.split(sizes, dim=1), strict=True)):
+            usual = self.recipe.hold_adjustment * model.model.quantizer.log_frequency(scale)
+            choice, held_to = ((one - usual).log_softmax(-1) for one in (now, then))
+            far = F.kl_div(choice, held_to, reduction="none", log_target=True).sum(-1)
             if scale < len(sizes) - self.recipe.held_scales:
-                first.append(F.cross_entropy(now.flatten(0, 1), right.flatten()))
+                first.append(mean_of(F.cross_entropy(now.transpose(1, 2), right, reduction="none"), by_name))
+                others.append(mean_of(far, ~by_name))
             else:
-                fine.append(F.kl_div(now.log_softmax(-1), then, reduction="none", log_target=True).sum(-1).mean())
-        weight = self.recipe.hold_weight
-        return model.config.visual_loss_weight * mean(first), weight * mean(fine)
+                last.append(far.mean())
+        gone = sum((torch.stack(losses).mean() for losses in (others, last) if losses), start=logits[0].sum() * 0.0)
+        learned = torch.stack(first).mean() if first else gone * 0.0
+        return model.config.visual_loss_weight * learned, self.recipe.hold_weight * gone
 
     def visual_logits(self, model: ARGenSegForConditionalGeneration, batch: dict[str, Any]) -> torch.Tensor:
         """Logits (N, T, V) over the codebook at the queries of a batch with one picture in each row."""
@@ -139,8 +151,9 @@ class ListeningTrainer(SceneTrainer):
         self.processor.num_scales = self.model.config.num_scales = None
 
 
-def mean(losses: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(losses).mean()
+def mean_of(losses: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Mean of losses (N, tokens) over some of the rows (N,); zero where there are none."""
+    return (losses * rows[:, None]).sum() / (rows.sum() * losses.shape[1]).clamp(min=1)
 
 
 def main(recipe: ListeningArguments, training: TrainingArguments) -> None:

@@ -98,6 +98,7 @@ def test_whole_pictures_add_what_they_learn_and_what_holds_them(trainer, parts, 
     with trainer.all_scales():
         held = trainer.held(batch)
         held.pop("shared_length")
+        by_name = held.pop("by_name")
         images = held.pop("pixel_values")[held.pop("image_index")]
         now, then = (
             one(**held, pixel_values=images, logits_to_keep=before_visual(model, held["labels"]), skip_logits=False)
@@ -106,14 +107,20 @@ def test_whole_pictures_add_what_they_learn_and_what_holds_them(trainer, parts, 
         codes = held["labels"][model.config.is_visual(held["labels"])] - model.config.visual_token_offset
         scales = model.scale_of_tokens(held["input_ids"])
     scales = scales[scales >= 0]
+    named = by_name.repeat_interleave(len(codes) // len(by_name))
+    assert named.any() and not named.all()
+    usual = 0.6 * torch.stack([before.model.quantizer.log_frequency(scale) for scale in range(4)])[scales]
     visual = slice(model.config.visual_token_offset, None)
-    ours, theirs = (out.logits[:, visual].log_softmax(-1) for out in (now, then))
-    right = -ours.gather(1, codes[:, None])[:, 0]
+    right = -now.logits[:, visual].log_softmax(-1).gather(1, codes[:, None])[:, 0]
+    ours, theirs = ((out.logits[:, visual] - usual).log_softmax(-1) for out in (now, then))
     far = (theirs.exp() * (theirs - ours)).sum(1)
-    first = torch.stack([right[scales == scale].mean() for scale in (0, 1)]).mean()
-    fine = torch.stack([far[scales == scale].mean() for scale in (2, 3)]).mean()
-    assert fine > 1e-3
-    expected = coarse + model.config.visual_loss_weight * first + trainer.recipe.hold_weight * fine
+    first, others = (
+        torch.stack([one[which & (scales == scale)].mean() for scale in (0, 1)]).mean()
+        for one, which in ((right, named), (far, ~named))
+    )
+    last = torch.stack([far[scales == scale].mean() for scale in (2, 3)]).mean()
+    assert others > 1e-3 and last > 1e-3
+    expected = coarse + model.config.visual_loss_weight * first + trainer.recipe.hold_weight * (others + last)
     torch.testing.assert_close(loss, expected)
 
 
@@ -123,10 +130,10 @@ def before_visual(model, labels: torch.Tensor) -> torch.Tensor:
 
 def test_nothing_pulls_at_a_model_that_is_what_it_was(trainer):
     with trainer.all_scales():
-        first, fine = trainer.hold(trainer.model, trainer.held(collate(trainer)))
+        first, gone = trainer.hold(trainer.model, trainer.held(collate(trainer)))
     weights = [p for p in trainer.model.model.language_model.parameters() if p.requires_grad]
-    assert fine.abs() < 1e-6 and first > 0.1
-    pulls = torch.autograd.grad(fine, weights, retain_graph=True, allow_unused=True)
+    assert gone.abs() < 1e-6 and first > 0.1
+    pulls = torch.autograd.grad(gone, weights, retain_graph=True, allow_unused=True)
     learns = torch.autograd.grad(first, weights, allow_unused=True)
     assert max(p.abs().max() for p in pulls if p is not None) < 1e-5
     assert max(p.abs().max() for p in learns if p is not None) > 1e-3
