@@ -75,6 +75,7 @@ class ListeningTrainer(SceneTrainer):
         folder = self.recipe.hold_to or self.recipe.start_from
         self.before = ARGenSegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         self.before = self.before.eval().requires_grad_(False).to(self.args.device)
+        self.before.config.num_scales = None
         with self.all_scales():
             self.whole_pictures = PictureEncoder(self.processor).to(self.args.device)
         self.tail = self.whole_pictures.count - self.encoder.count

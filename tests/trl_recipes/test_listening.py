@@ -154,6 +154,19 @@ def test_a_run_ends_with_whole_pictures(start, bank_folder, tokenizer_folder, tm
         assert list(tiny_scenes.logged(tmp_path, name)) == [1, 3], name  # the second scene draws nothing
 
 
+def test_what_holds_draws_whole_pictures_whatever_it_was_trained_on(
+    parts, start, bank_folder, tokenizer_folder, known_scenes, tmp_path
+):
+    parts[0].save_pretrained(tmp_path / "coarse")
+    config = json.loads((tmp_path / "coarse" / "config.json").read_text())
+    (tmp_path / "coarse" / "config.json").write_text(json.dumps(config | {"num_scales": COARSE}))
+    recipe = arguments(start, bank_folder, tokenizer_folder, hold_to=str(tmp_path / "coarse"))
+    trainer = make_trainer(recipe, known_scenes, tmp_path)
+    with trainer.all_scales():
+        _, gone = trainer.hold(trainer.model, trainer.held(collate(trainer)))
+    assert gone.abs() < 1e-6
+
+
 def test_a_run_needs_a_model_to_go_on_from(bank_folder, tokenizer_folder, known_scenes, tmp_path):
     with pytest.raises(ValueError, match="--start_from"):
         make_trainer(arguments(None, bank_folder, tokenizer_folder), known_scenes, tmp_path)
