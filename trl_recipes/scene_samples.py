@@ -82,7 +82,7 @@ class StreamWriter:
 class SceneSamples(Dataset):
     """`ds[i]` -> scene i: `image` (3, H, W) uint8, `masks` (M, H, W / 8) uint8 bits, `rows`, one for each request and
     question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell. Rows of
-    requests also have `by_name`, see `BY_NAME`.
+    requests also have `by_name`, see `BY_NAME`; without it they count as others.
 
     The image stands once, however many requests there are; see `SceneCollator`.
     """
@@ -159,7 +159,7 @@ class SceneCollator:
         drawing, talking = self.streams(samples, draws=True), self.streams(samples, draws=False)
         if drawing is not None:
             masks = np.concatenate([sample["masks"] for sample in samples if "masks" in sample])
-            by_name = [row["by_name"] for sample in samples for row in sample["rows"] if row["draws"]]
+            by_name = [row.get("by_name", False) for sample in samples for row in sample["rows"] if row["draws"]]
             batch |= drawing | {"masks": self.filled_up(torch.from_numpy(masks))}
             batch["by_name"] = self.filled_up(torch.tensor(by_name))
             if talking is not None:
