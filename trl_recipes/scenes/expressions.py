@@ -234,11 +234,8 @@ def _pair(view: SceneView) -> Expression | None:
 def reasoning(view: SceneView) -> Expression | None:
     """ "something to sit on": the phrase's only answer, or all of its answers ("all the things to sit on")."""
     lexicon = view.lexicon
-    phrases = [
-        phrase
-        for phrase in lexicon.vocabulary["reasoning"]
-        if any(lexicon.answers(phrase, one.sprite) for one in view.targets)
-    ]
+    meant = frozenset().union(*(lexicon.answered(one.sprite) for one in view.targets))
+    phrases = [phrase for phrase in lexicon.vocabulary["reasoning"] if phrase in meant]  # in an order that stays
     if not phrases:
         return None
     phrase = str(view.choice(phrases))

@@ -162,6 +162,7 @@ class Lexicon:
                 self.parents.setdefault(word, set()).update(sprite.categories)
         self._fits: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], int] = {}
         self._families: dict[str, frozenset[str]] = {}
+        self._answered: dict[tuple[str, tuple[str, ...], tuple[str, ...]], frozenset[str]] = {}
 
     def family(self, word: str) -> frozenset[str]:
         """The word and everything wider than it ("palm" -> palm, tree, plant)."""
@@ -230,7 +231,17 @@ class Lexicon:
 
     def answers(self, phrase: str, sprite: Sprite) -> bool:
         """True if the sprite is what a reasoning phrase means."""
-        return any(self.fits(term, sprite) for term in self.vocabulary["reasoning"][phrase])
+        return phrase in self.answered(sprite)
+
+    def answered(self, sprite: Sprite) -> frozenset[str]:
+        """The reasoning phrases that mean the sprite."""
+        key = (sprite.noun, sprite.synonyms, sprite.categories)
+        if key not in self._answered:
+            meant = self.vocabulary["reasoning"].items()
+            self._answered[key] = frozenset(
+                phrase for phrase, terms in meant if any(self.fits(term, sprite) for term in terms)
+            )
+        return self._answered[key]
 
     def may_answer(self, phrase: str, sprite: Sprite) -> bool:
         """True if someone might give the sprite as an answer to the phrase."""
