@@ -15,16 +15,15 @@ BANK=${BANK:-bank}                         # folder with sprites.parquet, backgr
 OUT=${OUT:-outputs/tiny}                   # folder for the stages and for the model, OUT/published
 TOKENIZER_STEPS=${TOKENIZER_STEPS:-3000}   # masks to tokens and back; 40 % of them without the codes, 45 % with
 MODEL_STEPS=${MODEL_STEPS:-5000}           # the model that draws
-LISTENING_STEPS=${LISTENING_STEPS:-2500}   # the same model again: that it listens to names
+LISTENING_STEPS=${LISTENING_STEPS:-2000}   # the same model again, coarse pictures only: it learns to find what is asked
+WHOLE_STEPS=${WHOLE_STEPS:-5000}           # and whole pictures again
 MASKS=${MASKS:-32}                         # masks in a batch
-SCENES=${SCENES:-8}                        # scenes in a batch, five requests and up to two questions each
-LISTENING_SCENES=${LISTENING_SCENES:-5}    # the same for that stage, six requests and one question each
+SCENES=${SCENES:-8}                        # scenes in a batch, five or six requests and up to two questions each
 SAVE_STEPS=${SAVE_STEPS:-200}              # a checkpoint every so many steps
 EXPRESSIONS=${EXPRESSIONS:-2000}           # test expressions to measure it on
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for all training commands
 TOKENIZER_OPTIONS=${TOKENIZER_OPTIONS:-}   # more for train_visual_tokenizer, such as "--train_masks 50000"
 SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for train_scenes, such as "--hidden_size 384"
-LISTENING_OPTIONS=${LISTENING_OPTIONS:-}   # more for listening, such as "--hold_weight 3"
 PYTHON=${PYTHON:-python}
 
 stage() { # stage NAME COMMAND...: runs the command unless it has finished before
@@ -62,13 +61,21 @@ stage model "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokeni
     --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS
 
 # shellcheck disable=SC2086
-stage listening "$PYTHON" -m trl_recipes.listening --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
-    --start_from "$OUT/model" --output_dir "$OUT/listening" --max_steps "$LISTENING_STEPS" \
-    --per_device_train_batch_size "$LISTENING_SCENES" --learning_rate 2e-3 --weight_decay 0.05 --warmup_steps 30 \
-    --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $LISTENING_OPTIONS
+stage listening "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
+    --start_from "$OUT/model" --output_dir "$OUT/listening" --max_steps "$LISTENING_STEPS" --schedule names+full \
+    --num_scales 4 --slips 1 --mask_region_weight 3 --freeze_vision True --freeze_trunk True --visual_loss_weight 0.4 \
+    --expressions_per_scene 6 --per_device_train_batch_size "$SCENES" --learning_rate 2e-3 --weight_decay 0.05 \
+    --warmup_steps 50 --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS
 
-stage published "$PYTHON" -m trl_recipes.export --model "$OUT/listening" --output "$OUT/published" \
-    --picture-logit-adjustment 0.3
+# shellcheck disable=SC2086
+stage whole "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \
+    --start_from "$OUT/listening" --output_dir "$OUT/whole" --max_steps "$WHOLE_STEPS" \
+    --schedule full+names+full+medium+full+easy --slips 0.3 --mask_region_weight 1 --freeze_trunk True \
+    --expressions_per_scene 6 --per_device_train_batch_size "$SCENES" --learning_rate 2e-3 --weight_decay 0.05 \
+    --warmup_steps 50 --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS
+
+stage published "$PYTHON" -m trl_recipes.export --model "$OUT/whole" --output "$OUT/published" \
+    --picture-logit-adjustment 0.55
 
 stage scores "$PYTHON" -m trl_recipes.evaluate --model "$OUT/published" --task scenes --data "$BANK" \
     --limit "$EXPRESSIONS" --output "$OUT/scores"

@@ -22,13 +22,14 @@ class DrawingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._noted: dict[str, float] = {}
+        self._parts: dict[str, float] = {}
 
     def evaluate_drawing(self) -> dict[str, float]:
         raise NotImplementedError
 
     def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-        """A loss on image features, to be added; takes what it needs out of `inputs`."""
+        """A loss on image features, to be added; takes what it needs out of `inputs`. What it leaves in `image` is what
+        the rows are about."""
         return None
 
     def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,10 @@ class DrawingTrainer(Trainer):
                     logged["word_region_loss"] = extra
                 shared = inputs.pop("shared_length", 0)
                 parts = [inputs, inputs.pop("words")] if "words" in inputs else [inputs]
-                parts = self.after_the_image(model, image, parts, shared)
+                if shared and not self.args.gradient_checkpointing:
+                    parts = go_on(model.base_model, image, parts, shared)
+                else:
+                    parts = [about(image, part) for part in parts]
             for part in parts:  # the head runs only at answers; a cache would be filled for nothing
                 part["use_cache"] = "past_key_values" in part
                 part["logits_to_keep"] = before_labels(part["labels"])
@@ -62,16 +66,10 @@ class DrawingTrainer(Trainer):
                 logged["mask_region_loss"] = self.query_loss(hidden[learned], images[rows], shares[rows])
             loss = sum(logged.values(), start=loss)
             logged |= {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
-        if model.training:
-            self.note(logged)
+        if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
+            self._parts = {name: round(float(value.detach()), 4) for name, value in logged.items()}
         outputs[0].loss = loss
         return (loss, outputs[0]) if return_outputs else loss
-
-    def after_the_image(self, model: Any, image: Any, parts: list[dict[str, Any]], shared: int) -> list[dict[str, Any]]:
-        """Parts of a batch, with `image_index`, as inputs of the model; what all rows share is read once."""
-        if shared and not self.args.gradient_checkpointing:
-            return go_on(model.base_model, image, parts, shared)
-        return [about(image, part) for part in parts]
 
     def whole_loss(self, outputs: list[Any], parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and text loss of all parts, the first of which may draw: text labels count alike wherever they are."""
@@ -84,14 +82,9 @@ class DrawingTrainer(Trainer):
         text = sum(out.text_loss * count for out, count in zip(outputs, counts, strict=True)) / sum(counts).clamp(min=1)
         return text + config.visual_loss_weight * first.visual_loss, text
 
-    def note(self, losses: dict[str, torch.Tensor]) -> None:
-        """Parts of the loss, to be logged with it."""
-        if (self.state.global_step + 1) % self.state.logging_steps == 0:
-            self._noted |= {name: round(float(value.detach()), 4) for name, value in losses.items()}
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs, self._noted = {**logs, **self._noted}, {}
+            logs, self._parts = {**logs, **self._parts}, {}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -120,7 +113,7 @@ def go_on(model: Any, image: Any, parts: list[dict[str, Any]], length: int) -> l
         index = part.pop("image_index")
         for number, layer in enumerate(read.layers):
             own.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), number)
-        rest.append(part | {name: part[name][:, length:] for name in ("input_ids", "labels") if name in part})
+        rest.append(part | {name: part[name][:, length:] for name in ("input_ids", "labels")})
         rest[-1]["past_key_values"] = own
     return rest
 

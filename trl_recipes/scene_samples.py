@@ -21,7 +21,6 @@ from .scenes import Scene, SceneDataset
 from .scenes.view import Expression
 from .word_regions import WordList
 
-BY_NAME = ("noun", "colour")  # kinds of requests that say what is meant by what it is called, not where it stands
 ABSENT = "There is no {thing}."
 MISSED = 0.7  # of the slips; the rest are tokens of another picture
 WHOLE = 0.6  # of the pictures with tokens of others; in the rest tokens slip one by one
@@ -81,8 +80,7 @@ class StreamWriter:
 
 class SceneSamples(Dataset):
     """`ds[i]` -> scene i: `image` (3, H, W) uint8, `masks` (M, H, W / 8) uint8 bits, `rows`, one for each request and
-    question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell. Rows of
-    requests also have `by_name`, see `BY_NAME`; without it they count as others.
+    question (see `StreamWriter`), those that draw first, in the order of the masks, and `words` for each cell.
 
     The image stands once, however many requests there are; see `SceneCollator`.
     """
@@ -101,10 +99,7 @@ class SceneSamples(Dataset):
         masks = [scene.mask(one.object_ids) for one in expressions if one.kind != "none"]
         turns = [scene_turns(self.processor, one) for one in expressions]
         turns += [(one.text, one.answer) for one in self.scenes.questions(index, scene)]
-        rows = self.writer(turns)
-        for row, one in zip(rows, expressions, strict=False):  # questions come after
-            row["by_name"] = one.kind in BY_NAME
-        rows.sort(key=lambda row: not row["draws"])  # stable
+        rows = sorted(self.writer(turns), key=lambda row: not row["draws"])  # stable
         sample = {"image": self.picture(scene), "rows": rows}
         if masks:
             sample["masks"] = np.packbits(np.stack(masks), axis=-1)
@@ -121,9 +116,8 @@ class SceneSamples(Dataset):
 
 
 class SceneCollator:
-    """Batches scenes: `pixel_values` (S, 3, H, W) uint8, the streams that draw, with `masks` (B, H, W / 8) and
-    `by_name` (B,) of each, and under `words` the streams that do not, which are shorter. `image_index` says which image
-    a stream has.
+    """Batches scenes: `pixel_values` (S, 3, H, W) uint8, the streams that draw, `masks` (B, H, W / 8), one for each of
+    them, and under `words` the streams that do not, which are shorter. `image_index` says which image a stream has.
 
     Streams are padded on the right, their lengths rounded up to `multiple_of`, their number to `rows_multiple` by
     repeating the first without labels: kernels are chosen, or compiled, once for each shape. `shared_length`, if not
@@ -160,9 +154,7 @@ class SceneCollator:
         drawing, talking = self.streams(samples, draws=True), self.streams(samples, draws=False)
         if drawing is not None:
             masks = np.concatenate([sample["masks"] for sample in samples if "masks" in sample])
-            by_name = [row.get("by_name", False) for sample in samples for row in sample["rows"] if row["draws"]]
             batch |= drawing | {"masks": self.filled_up(torch.from_numpy(masks))}
-            batch["by_name"] = self.filled_up(torch.tensor(by_name))
             if talking is not None:
                 batch["words"] = talking
         elif talking is not None:
@@ -221,7 +213,6 @@ class PictureEncoder(nn.Module):
         `labels`."""
         batch = dict(batch)
         batch["pixel_values"] = (batch["pixel_values"].float() - self.mean) / self.std
-        batch.pop("by_name", None)  # says nothing to a model
         masks = batch.pop("masks", None)
         if masks is not None:
             drawn, right = self.encode(masks)

@@ -37,6 +37,7 @@ from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor
+from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
 
 
@@ -72,6 +73,10 @@ class SceneArguments:
     )
     slips: float = field(
         default=0.0, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
+    )
+    unfamiliar: float = field(
+        default=0.0,
+        metadata={"help": "share of the things that the language model sees as if nobody had ever seen their like"},
     )
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})
@@ -163,15 +168,17 @@ class SceneTrainer(DrawingTrainer):
         if self.word_regions is None:
             return None
         embedding = self.accelerator.unwrap_model(model).get_input_embeddings().weight
-        return self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
+        loss = self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
+        if self.recipe.unfamiliar > 0:  # only after the loss: what makes the features shall name things rightly
+            names = self.word_regions.embed(self.word_regions.nouns, embedding.detach())[:-1]
+            image.pooler_output = make_unfamiliar(
+                image.pooler_output, cells["nouns"], names, self.recipe.unfamiliar, background=len(names)
+            )
+        return loss
 
     def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         assert self.mask_regions is not None  # nobody asks otherwise
         return self.recipe.mask_region_weight * self.mask_regions(hidden, shares, images)
-
-    def finish(self) -> None:
-        """What is to be done before the model and its processor are saved."""
-        self.encoder.to("cpu")  # and with it the processor's visual tokenizer
 
     def evaluate_drawing(self) -> dict[str, float]:
         with torch.compiler.set_stance("force_eager"):  # drawing has many shapes: each would be compiled
@@ -213,6 +220,7 @@ def load_or_build(
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
+        model.config.visual_loss, model.config.visual_loss_weight = recipe.visual_loss, recipe.visual_loss_weight
     if recipe.freeze_vision:
         model.model.vlm.vision_tower.requires_grad_(False)
         model.model.vlm.multi_modal_projector.requires_grad_(False)
@@ -220,7 +228,7 @@ def load_or_build(
     return model, processor
 
 
-def main(recipe: SceneArguments, training: TrainingArguments, trainer_class: type[SceneTrainer] = SceneTrainer) -> None:
+def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
     output = Path(training.output_dir)
@@ -246,7 +254,7 @@ def main(recipe: SceneArguments, training: TrainingArguments, trainer_class: typ
         test = SceneBank.from_folder(recipe.bank, "val")
         held_out = SceneDataset(test, SceneConfig.preset(recipe.eval_preset), 1, recipe.eval_expressions, per_scene)
         validation = flat_expressions(held_out, recipe.eval_expressions)
-    trainer = trainer_class(
+    trainer = SceneTrainer(
         model=model,
         args=training,
         train_dataset=samples,
@@ -261,7 +269,7 @@ def main(recipe: SceneArguments, training: TrainingArguments, trainer_class: typ
     )
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    trainer.finish()
+    trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     trainer.save_model(output)
     processor.save_pretrained(output)
 

@@ -34,29 +34,29 @@ def place(tmp_path: Path) -> Path:
 
 
 def test_options_exist(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = run(
-        place, TRAIN_OPTIONS="--use_cpu True --bf16 True", TOKENIZER_STEPS="30", MODEL_STEPS="7", LISTENING_STEPS="9"
-    )
+    steps = {"TOKENIZER_STEPS": "30", "MODEL_STEPS": "7", "LISTENING_STEPS": "9", "WHOLE_STEPS": "8"}
+    done = run(place, TRAIN_OPTIONS="--use_cpu True --bf16 True", **steps)
     assert done.returncode == 0, done.stderr
     commands = [re.fullmatch(r"-m (\S+) (.*)", line) for line in (place / "calls").read_text().splitlines()]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         assert command is not None
         importlib.import_module(command[1]).make_parser().parse_args(shlex.split(command[2]))
     calls = (place / "calls").read_text().splitlines()
     assert "--max_steps 30 --autoencoder_steps 12" in calls[0] and "--max_steps 7" in calls[1]
     assert "--start_from outputs/tiny/model" in calls[2] and "--max_steps 9" in calls[2]
-    assert all("--use_cpu True --bf16 True" in call for call in calls[:3])
+    assert "--start_from outputs/tiny/listening" in calls[3] and "--max_steps 8" in calls[3]
+    assert all("--use_cpu True --bf16 True" in call for call in calls[:4])
 
 
 def test_a_stopped_run_goes_on(place: Path) -> None:
     assert run(place, STOP_AT="trl_recipes.export").returncode == 3
     first = (place / "calls").read_text().splitlines()
-    assert len(first) == 3
+    assert len(first) == 4
     done = run(place)
     assert done.returncode == 0 and "== model is finished" in done.stdout
     calls = (place / "calls").read_text().splitlines()
-    assert len(calls) == 5 and "--model outputs/tiny/listening" in calls[3]
+    assert len(calls) == 6 and "--model outputs/tiny/whole" in calls[4]
 
 
 def test_without_a_bank(tmp_path: Path) -> None:

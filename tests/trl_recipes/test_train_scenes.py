@@ -218,9 +218,14 @@ def test_the_parts_of_the_loss_are_those_of_the_logged_step(whole_run, bank_fold
 
 
 def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, tokenizer_folder, tmp_path):
-    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, start_from=str(whole_run), num_scales=None)
+    options = dict(start_from=str(whole_run), num_scales=None, visual_loss="token", visual_loss_weight=0.7)
+    recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, **options)
     model, processor = load_or_build(recipe, None)
     assert processor.num_visual_tokens == 85 and model.config.picture_length == 85
+    assert (model.config.visual_loss, model.config.visual_loss_weight) == (
+        "token",
+        0.7,
+    )  # of this run, not of the first
     stored, loaded = load_file(whole_run / "model.safetensors"), model.state_dict()
     assert loaded.keys() - stored.keys() == {"lm_head.weight"}  # tied to the embedding
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)
