@@ -171,9 +171,7 @@ class SceneTrainer(DrawingTrainer):
         loss = self.recipe.word_region_weight * self.word_regions(image.pooler_output, embedding, **cells)
         if self.recipe.unfamiliar > 0:  # only after the loss: what makes the features shall name things rightly
             names = self.word_regions.embed(self.word_regions.nouns, embedding.detach())[:-1]
-            image.pooler_output = make_unfamiliar(
-                image.pooler_output, cells["nouns"], names, self.recipe.unfamiliar, background=len(names)
-            )
+            image.pooler_output = make_unfamiliar(image.pooler_output, cells["nouns"], names, self.recipe.unfamiliar)
         return loss
 
     def query_loss(self, hidden: torch.Tensor, images: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:

@@ -14,21 +14,19 @@ OTHER_NAME = 0.75  # how long the other name is in the direction, beside a rando
 SIDE_BY_SIDE = 3  # cells that show no one thing belong to one that is beside them
 
 
-def make_unfamiliar(
-    features: torch.Tensor, nouns: torch.Tensor, names: torch.Tensor, share: float, background: int
-) -> torch.Tensor:
+def make_unfamiliar(features: torch.Tensor, nouns: torch.Tensor, names: torch.Tensor, share: float) -> torch.Tensor:
     """Image features (S, cells, hidden) with some of the things turned; lengths stay about what they are.
 
     The half of the width that is near the names (see `WordRegions`) is turned by up to `FARTHEST`, the other half by
     half of that. Of one image, all things of one name are turned alike.
 
     Args:
-        nouns: (S, cells), which name each cell shows, of `background` and -100 for none; see `WordList.of_cells`.
+        nouns: (S, cells), which name each cell shows, N for the background and -100 for none; see `WordList.of_cells`.
         names: unit vectors (N, hidden / 2) of the names.
         share: of the names in each image that are turned.
     """
     count, width = names.shape
-    thing = thing_of_cells(nouns, background)  # (S, cells), N for none
+    thing = thing_of_cells(nouns, background=count)
     shape = (len(features), count + 1)
     angle = FARTHEST * torch.rand(shape, device=features.device) * (torch.rand(shape, device=features.device) < share)
     angle[:, count] = 0.0

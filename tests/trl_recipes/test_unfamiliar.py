@@ -30,10 +30,10 @@ def angles(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_background_and_what_is_not_chosen_stay(features, names):
-    found = make_unfamiliar(features, NOUNS, names, 1.0, background=NAMES)
+    found = make_unfamiliar(features, NOUNS, names, 1.0)
     same = (found == features).all(-1)
     assert torch.equal(same, NOUNS == NAMES)
-    torch.testing.assert_close(make_unfamiliar(features, NOUNS, names, 0.0, background=NAMES), features)
+    torch.testing.assert_close(make_unfamiliar(features, NOUNS, names, 0.0), features)
 
 
 def test_all_cells_of_a_thing_are_turned_alike_and_no_farther_than_told(names):
@@ -41,7 +41,7 @@ def test_all_cells_of_a_thing_are_turned_alike_and_no_farther_than_told(names):
     features = names[NOUNS.clamp(max=NAMES - 1)].repeat(1, 1, 2)  # every cell is what its name says
     farthest = 0.0
     for _ in range(40):
-        found = make_unfamiliar(features, NOUNS, names, 1.0, background=NAMES)
+        found = make_unfamiliar(features, NOUNS, names, 1.0)
         for name in (0, 3):
             cells = found[name == NOUNS]
             torch.testing.assert_close(cells, cells[:1].expand_as(cells))
@@ -57,7 +57,7 @@ def test_a_turned_thing_is_nearer_to_another_name_and_about_as_long(names):
     features = 4 * names[NOUNS.clamp(max=NAMES - 1)].repeat(1, 1, 2)
     own, others = [], []
     for _ in range(200):
-        found = make_unfamiliar(features, NOUNS, names, 1.0, background=NAMES)[0, 0]
+        found = make_unfamiliar(features, NOUNS, names, 1.0)[0, 0]
         assert 2.0 < found[:WIDTH].norm() < 6.0
         likeness = F.normalize(found[:WIDTH], dim=-1) @ names.T
         own.append(likeness[0])
