@@ -131,6 +131,8 @@ class SceneTrainer(DrawingTrainer):
         self.word_regions = None
         if words is not None and recipe.word_region_weight > 0:
             self.word_regions = WordRegions(words, processor.tokenizer).to(self.args.device)
+        elif recipe.unfamiliar > 0:
+            raise ValueError("--unfamiliar needs the words for what each cell shows: give --word_region_weight above 0")
         self.mask_regions = None
         if recipe.mask_region_weight > 0:
             width = self.model.config.text_config.hidden_size

@@ -222,10 +222,8 @@ def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, t
     recipe = tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, **options)
     model, processor = load_or_build(recipe, None)
     assert processor.num_visual_tokens == 85 and model.config.picture_length == 85
-    assert (model.config.visual_loss, model.config.visual_loss_weight) == (
-        "token",
-        0.7,
-    )  # of this run, not of the first
+    # of this run, not of the first
+    assert (model.config.visual_loss, model.config.visual_loss_weight) == ("token", 0.7)
     stored, loaded = load_file(whole_run / "model.safetensors"), model.state_dict()
     assert loaded.keys() - stored.keys() == {"lm_head.weight"}  # tied to the embedding
     assert all(torch.equal(stored[name], loaded[name]) for name in stored)

@@ -103,3 +103,15 @@ def test_the_recipe_shows_them_to_the_language_model_alone(parts, known_scenes, 
     things = (batch["cell_nouns"] >= 0) & (batch["cell_nouns"] != len(words.nouns) - 1)
     changed = (shown[1.0][0] - shown[1.0][1]).abs().amax(-1) > 1e-4
     assert things.any() and changed[things].all() and not changed.all()
+
+
+def test_without_the_words_of_the_cells_it_is_refused(parts, samples, known_scenes, tmp_path):
+    with pytest.raises(ValueError, match="--word_region_weight"):
+        SceneTrainer(
+            model=parts[0],
+            args=tiny_scenes.training_arguments(tmp_path),
+            train_dataset=samples,
+            processor=parts[1],
+            validation=flat_expressions(known_scenes, 4),
+            recipe=tiny_scenes.scene_arguments("bank", "tokenizer", word_region_weight=0.0, unfamiliar=0.5),
+        )
