@@ -65,6 +65,8 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
         rate_weight: entropy-constrained quantisation (Chou, Lookabaugh & Gray 1989): a code is chosen by squared
             distance + `rate_weight` * (-log of its frequency at that scale), which makes the tokens predictable.
             One number, or one for each scale. 0 is nearest neighbour, as released.
+        search_steps: steps in which `VARTokenizer.encode` tries out tokens of the last scale for the mask that they
+            give; 0 takes the nearest codes, as released.
     """
 
     model_type = "var_tokenizer"
@@ -89,6 +91,7 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
     phi_ratio: float = 0.5
     commitment_weight: float = 0.25
     rate_weight: float | list[float] = 0.0
+    search_steps: int = 0
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .code_search import CodeSearch
 from .configuration_argenseg import VARTokenizerConfig
 from .released_checkpoint import LoadsReleased, visual_tokenizer_arguments
 from .var_layers import Decoder, Encoder, LastConv2d
@@ -81,19 +82,45 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         return self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
 
     @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to visual tokens (B, T)."""
-        return self.quantize.encode(self.latent(pixel_values))
+    def encode(self, pixel_values: torch.Tensor, search_steps: int | None = None) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to visual tokens (B, T).
+
+        Args:
+            pixel_values: the pictures.
+            search_steps: for masks, black and white: tries out tokens of the last scale in so many steps and keeps
+                those that bring the decoded mask nearer (`CodeSearch`), in `decode_dtype`. A step takes three decoder
+                passes' time. Default: the configuration's; 0 takes the nearest codes, as released.
+
+        Raises:
+            ValueError: pictures of another size; a negative number of steps.
+        """
+        steps = self.config.search_steps if search_steps is None else search_steps
+        return self.search(pixel_values, self.quantize.encode(self.latent(pixel_values)), steps)
+
+    @torch.no_grad()
+    def search(self, pixel_values: torch.Tensor, visual_ids: torch.Tensor, steps: int) -> torch.Tensor:
+        """Visual tokens (B, T) with those of the last scale nearer to masks (B, 3, H, W), as `encode` does it."""
+        if steps < 0:
+            raise ValueError(f"search_steps must be 0 (the nearest codes) or more, got {steps}")
+        if steps == 0 or len(visual_ids) == 0:
+            return visual_ids
+        with torch.inference_mode(False):  # where there are no gradients
+            search = CodeSearch(self.quantize, self._decode_faster, pixel_values.clone(), visual_ids.clone())
+            return search.run(steps)
 
     def decode_latent(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
         """f_hat (B, D, h, w) to pictures (B, 3, H, W), not clamped."""
         return self.decoder(self.post_quant_conv(f_hat_BDhw))
 
-    def _picture(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
-        """f_hat (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], in `decode_dtype`."""
+    def _decode_faster(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
+        """`decode_latent` in `decode_dtype`."""
         faster = self.decode_dtype not in (None, self.dtype)
         with torch.autocast(f_hat_BDhw.device.type, self.decode_dtype, enabled=faster):
-            return self.decode_latent(f_hat_BDhw).to(f_hat_BDhw.dtype).clamp(-1, 1)
+            return self.decode_latent(f_hat_BDhw).to(f_hat_BDhw.dtype)
+
+    def _picture(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
+        """f_hat (B, D, h, w) to pictures (B, 3, H, W) in [-1, 1], in `decode_dtype`."""
+        return self._decode_faster(f_hat_BDhw).clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, visual_ids: torch.Tensor) -> torch.Tensor:

@@ -19,12 +19,19 @@ class SegmentationProcessingMixin:
     """
 
     @torch.no_grad()
-    def encode_masks(self, masks: Any, image_sizes: list[tuple[int, int] | None] | None = None) -> torch.Tensor:
+    def encode_masks(
+        self,
+        masks: Any,
+        image_sizes: list[tuple[int, int] | None] | None = None,
+        search_steps: int | None = None,
+    ) -> torch.Tensor:
         """Turn masks into visual tokens.
 
         Args:
             masks: one mask or N of them; see `load_mask`.
             image_sizes: (height, width) of the image each mask belongs to, `None` where unknown.
+            search_steps: how long to try out tokens for each mask, see `VARTokenizer.encode`; default: as the visual
+                tokenizer's configuration says. Not done where the last scale is not drawn (`num_scales`).
 
         Returns:
             long tensor (N, T) of codebook indices; add `visual_token_offset` for token ids.
@@ -44,10 +51,13 @@ class SegmentationProcessingMixin:
                 )
         sizes = self.mask_resize_sizes or [model.config.image_size]
         channels = model.config.num_channels
+        if self.num_scales not in (None, len(model.config.patch_nums)):
+            search_steps = 0  # it is for the last scale, which is cut off
+        searching = {} if search_steps is None else {"search_steps": search_steps}
         ids = [torch.empty(0, self.num_visual_tokens, dtype=torch.long)]
         for start in range(0, len(masks), ENCODE_BATCH):
             pictures = [mask_to_picture(mask, sizes, channels) for mask in masks[start : start + ENCODE_BATCH]]
-            ids_NT = model.encode(torch.stack(pictures).to(model.device, model.dtype)).cpu()
+            ids_NT = model.encode(torch.stack(pictures).to(model.device, model.dtype), **searching).cpu()
             ids.append(ids_NT[:, : self.num_visual_tokens])
         return torch.cat(ids)
 

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     """
     started = time.time()
     task = load_task(args.task)
-    options = dict(_option(one) for one in args.option)
+    options = dict(task_option(one) for one in args.option)
     source = open_source(task, args.data, args.split, args.protocol, args.images, options)
     samples, class_names = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
@@ -169,7 +169,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def _option(text: str) -> tuple[str, Any]:
+def task_option(text: str) -> tuple[str, Any]:
     """`name=value`, the value as YAML reads it. Raises ValueError without an equals sign."""
     name, equals, value = text.partition("=")
     if not equals:

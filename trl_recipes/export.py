@@ -53,7 +53,12 @@ def set_picture_options(model: Any, **options: Any) -> None:
     model.generation_config = GenerationConfig(**(settings | options))
 
 
-def export(source: str | Path, output: str | Path, picture_logit_adjustment: float | None = None) -> Path:
+def export(
+    source: str | Path,
+    output: str | Path,
+    picture_logit_adjustment: float | None = None,
+    search_steps: int | None = None,
+) -> Path:
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
@@ -62,6 +67,9 @@ def export(source: str | Path, output: str | Path, picture_logit_adjustment: flo
     set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)
     if picture_logit_adjustment is not None:
         set_picture_options(model, picture_logit_adjustment=picture_logit_adjustment)
+    if search_steps is not None:
+        for config in (model.config.visual_tokenizer_config, processor.visual_tokenizer.config):
+            config.search_steps = search_steps
     model.save_pretrained(output, save_original_format=False)
     processor.save_pretrained(output)
     for folder, exact in ((output, ".quantizer."), (output / "visual_tokenizer", "")):
@@ -77,12 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--picture-logit-adjustment", type=float, help="default of the model's `generate` (chosen on validation scenes)"
     )
+    parser.add_argument("--search-steps", type=int, help="default of the visual tokenizer's `encode`")
     return parser
 
 
 def main() -> None:
     args = make_parser().parse_args()
-    folder = export(args.model, args.output, args.picture_logit_adjustment)
+    folder = export(args.model, args.output, args.picture_logit_adjustment, args.search_steps)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")

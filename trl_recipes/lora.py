@@ -153,6 +153,7 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(recipe.model)
     model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
     check_model(recipe.model, model, processor)
+    recipe.set_search_steps(processor)
     if recipe.picture_logit_adjustment is not None:
         set_picture_options(model, picture_logit_adjustment=recipe.picture_logit_adjustment)
     # on a CPU the backward pass of sdpa costs a third of a step more than that of plain attention

@@ -193,11 +193,13 @@ class PictureEncoder(nn.Module):
             A model that has only seen faultless coarse scales believes them: it never has to find a thing by itself at
             the finer ones, and draws nothing where the coarse ones missed it. (Han et al., "Infinity", CVPR 2025,
             section 3.4, with tokens instead of bits.)
+        search_steps: how long to try out tokens of the last scale for each mask, where that scale is drawn; see
+            `VARTokenizer.encode`.
     """
 
-    def __init__(self, processor: ARGenSegProcessor, slips: float = 0.0) -> None:
+    def __init__(self, processor: ARGenSegProcessor, slips: float = 0.0, search_steps: int = 0) -> None:
         super().__init__()
-        self.slips = slips
+        self.slips, self.search_steps = slips, search_steps
         visual_tokenizer: Any = processor.visual_tokenizer
         self.visual_tokenizer = visual_tokenizer.eval().requires_grad_(False)
         self.offset, self.count = processor.visual_token_offset, processor.num_visual_tokens
@@ -229,8 +231,11 @@ class PictureEncoder(nn.Module):
             pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
         channels = self.visual_tokenizer.config.num_channels
         with torch.autocast(bits.device.type, enabled=False):
-            latents = self.visual_tokenizer.latent((2 * pictures - 1).expand(-1, channels, -1, -1))
-            drawn, right = self.quantise(latents)
+            pictures = (2 * pictures - 1).expand(-1, channels, -1, -1)
+            drawn, right = self.quantise(self.visual_tokenizer.latent(pictures))
+        if self.search_steps and self.count == drawn.shape[1]:
+            drawn, last = self.visual_tokenizer.search(pictures, drawn, self.search_steps), self.patch_nums[-1] ** 2
+            right = torch.cat([right[:, :-last], drawn[:, -last:]], dim=1)  # what mends the scales before, right or not
         return drawn[:, : self.count], right[:, : self.count]
 
     def quantise(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

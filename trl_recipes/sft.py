@@ -122,6 +122,7 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
     model, processor = load_model(model_args)
+    recipe.set_search_steps(processor)
     config = adapters(model, model_args)
     if config is None:
         freeze(model, recipe.train_vision_tower)

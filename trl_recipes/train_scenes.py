@@ -74,6 +74,10 @@ class SceneArguments:
     slips: float = field(
         default=0.0, metadata={"help": "share of the pictures with wrong coarse tokens, which finer ones have to mend"}
     )
+    search_steps: int = field(
+        default=0,
+        metadata={"help": "how long to try out tokens of the last scale for each mask: outlines closer to the mask"},
+    )
     unfamiliar: float = field(
         default=0.0,
         metadata={"help": "share of the things that the language model sees as if nobody had ever seen their like"},
@@ -127,7 +131,7 @@ class SceneTrainer(DrawingTrainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.processor, self.validation, self.recipe = processor, validation, recipe
-        self.encoder = PictureEncoder(processor, recipe.slips).to(self.args.device)
+        self.encoder = PictureEncoder(processor, recipe.slips, recipe.search_steps).to(self.args.device)
         self.word_regions = None
         if words is not None and recipe.word_region_weight > 0:
             self.word_regions = WordRegions(words, processor.tokenizer).to(self.args.device)

@@ -82,9 +82,13 @@ class MultiScaleQuantizer(nn.Module):
 
     def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
         """What the tokens (B, p_k^2) of one scale add to f_hat: (B, D, h, w)."""
+        return self.spread(self.embedding(ids_Bl), scale)
+
+    def spread(self, codes_BlD: torch.Tensor, scale: int) -> torch.Tensor:
+        """Codes (B, p_k^2, D) of one scale, as what they add to f_hat: (B, D, h, w)."""
         side = self.patch_nums[scale]
-        with torch.autocast(ids_Bl.device.type, enabled=False):
-            h_BDpp = self.embedding(ids_Bl).transpose(1, 2).unflatten(2, (side, side))
+        with torch.autocast(codes_BlD.device.type, enabled=False):
+            h_BDpp = codes_BlD.transpose(1, 2).unflatten(2, (side, side))
             if side != self.side:
                 h_BDpp = F.interpolate(h_BDpp, size=(self.side, self.side), mode="bicubic")
             return self.quant_resi(h_BDpp, scale)
@@ -150,7 +154,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(f_BDhw.device.type, enabled=False):
             rest, ids = f_BDhw.to(self.embedding.weight.dtype), []
             for scale in range(len(self.patch_nums)):
-                ids_Bl = choose(self.rest_at_scale(rest, scale), scale).view(rest.shape[0], -1)
+                ids_Bl = choose(self.rest_at_scale(rest, scale), scale).view(len(rest), self.patch_nums[scale] ** 2)
                 rest = rest - self.contribution(ids_Bl, scale)
                 ids.append(ids_Bl)
             return torch.cat(ids, dim=1)

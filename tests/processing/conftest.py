@@ -54,8 +54,9 @@ class CellTokenizer(PreTrainedModel):
         self.encode_batches = []
         self.post_init()
 
-    def encode(self, pixel_values):
+    def encode(self, pixel_values, search_steps=None):
         self.encode_batches.append(len(pixel_values))
+        self.search_steps = search_steps
         grey_B1HW = pixel_values.mean(dim=1, keepdim=True) / 2 + 0.5
         cells = [torch.nn.functional.adaptive_avg_pool2d(grey_B1HW, side).flatten(1) for side in PATCH_NUMS]
         return (torch.cat(cells, dim=1) * self.scale * (NUM_CODES - 1)).round().long()

@@ -100,6 +100,12 @@ def test_the_answers_are_those_of_the_trained_model(exported, learned_folder, kn
             assert one["score"] == pytest.approx(other["score"], abs=0.01)
 
 
+def test_how_long_masks_are_searched_for_is_published(learned_folder, tmp_path):
+    folder = export(learned_folder, tmp_path / "out", search_steps=7)
+    assert AutoProcessor.from_pretrained(folder).visual_tokenizer.config.search_steps == 7
+    assert AutoModelForImageTextToText.from_pretrained(folder).config.visual_tokenizer_config.search_steps == 7
+
+
 def test_values_beyond_half_precision_are_refused(learned_folder, tmp_path):
     large = tmp_path / "large"
     shutil.copytree(learned_folder, large, ignore=shutil.ignore_patterns("checkpoint-*"))

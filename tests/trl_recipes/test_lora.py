@@ -180,6 +180,16 @@ def test_the_logit_adjustment_is_the_models_own_unless_it_is_given(known_folder,
         assert again.generation_config.picture_logit_adjustment == expected
 
 
+def test_how_long_masks_are_searched_for_goes_with_the_processor(known_folder, data, tmp_path):
+    ids = {}
+    for steps in (None, 6):
+        words = command(known_folder, data, tmp_path / str(steps), **({} if steps is None else {"search_steps": steps}))
+        trainer, _ = lora.prepare(*lora.make_parser().parse_args_into_dataclasses(words))
+        assert trainer.processor.visual_tokenizer.config.search_steps == (steps or 0)
+        ids[steps] = trainer.train_dataset["input_ids"]
+    assert ids[None] != ids[6]  # not those of the cache
+
+
 def test_without_validation_data_images_are_set_aside(data):
     recipe = lora.LoraArguments(model="model", data=str(data), validation_share=0.3)
     train, validation = lora.load_data(recipe, seed=0, progress=False)

@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
-from trl_recipes.scene_samples import ABSENT, PictureEncoder, SceneCollator, SceneSamples, StreamWriter, model_inputs
+from trl_recipes.scene_samples import (
+    ABSENT,
+    PictureEncoder,
+    SceneCollator,
+    SceneSamples,
+    StreamWriter,
+    model_inputs,
+    unpack,
+)
 from trl_recipes.scenes import SceneDataset
 
 
@@ -191,6 +200,21 @@ def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator, 
         error += float((processor.visual_tokenizer.decode(drawn) - truth).abs().mean())
         broken += float((processor.visual_tokenizer.decode(unmended) - truth).abs().mean())
     assert 3 * error < broken, (error, broken)
+
+
+def test_searched_tokens_are_nearer_to_the_masks_and_mend_slips_too(parts, samples, collator):
+    processor, masks = parts[1], collator([samples[0], samples[1]])["masks"]
+    side = processor.visual_tokenizer.config.image_size
+    truth = F.interpolate(unpack(masks)[:, None], size=(side, side), mode="area").expand(-1, 3, -1, -1)
+
+    def error(ids):
+        return F.binary_cross_entropy_with_logits(4 * processor.visual_tokenizer.decode(ids), truth).item()
+
+    plain, searched = (PictureEncoder(processor, search_steps=steps).encode(masks) for steps in (0, 16))
+    assert torch.equal(*searched) and torch.equal(searched[0][:, :21], plain[0][:, :21])
+    assert error(searched[0]) < error(plain[0])
+    drawn, right = PictureEncoder(processor, slips=1.0, search_steps=4).encode(masks)
+    assert torch.equal(drawn[:, 21:], right[:, 21:]) and not torch.equal(drawn[:, :21], right[:, :21])
 
 
 def test_whole_scales_are_missed_or_those_of_another_picture(parts, samples, collator, empty_is_usual):

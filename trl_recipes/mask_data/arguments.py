@@ -1,6 +1,7 @@
 """Command-line options of recipes that train on one's own masks."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .readers import ReaderOptions
 
@@ -31,7 +32,19 @@ class MaskDataArguments:
     skip_bad_samples: bool = field(
         default=False, metadata={"help": "leave out samples that cannot be used and count them; default: stop"}
     )
+    search_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "how long to try out visual tokens for each mask (VARTokenizer.encode): closer outlines, and slow "
+            "without a GPU, but cached; 0: the nearest codes; default: as the visual tokenizer's configuration says"
+        },
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "of tokenised masks; default: that of datasets"})
+
+    def set_search_steps(self, processor: Any) -> None:
+        """Makes `search_steps`, if given, the setting of the processor's visual tokenizer: it is saved with it."""
+        if self.search_steps is not None:
+            processor.visual_tokenizer.config.search_steps = self.search_steps
 
     def reader_options(self) -> ReaderOptions:
         """Raises ValueError: `--columns` is not a list of part=name."""
