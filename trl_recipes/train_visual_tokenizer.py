@@ -6,7 +6,8 @@ Three phases, each with a learning rate that rises quickly and falls to nothing:
 to its latents at once (Lloyd iterations), and then encoder, codes and decoder together: the encoder takes the gradient
 of what the codes say and is pulled to them, the codes follow it as running means (with gradients of their own they
 would chase each other, and grow), those that nothing uses are moved to where they are missing; last the decoder alone.
-That can be repeated (`--decoder_only`) without touching models trained on the codes.
+That can be repeated (`--decoder_only`) without touching models trained on the codes; with `--search_steps` the decoder
+sees every second mask as the tokens that are found by trying them out, as `VARTokenizer.encode` does it.
 
 What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
@@ -33,6 +34,7 @@ from .codebook import assign, fit_codebook, follow, revive
 from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
+from .searched_tokens import searched_tokens
 
 
 @dataclass
@@ -79,6 +81,13 @@ class TokenizerArguments:
     )
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
+    )
+    search_steps: int = field(
+        default=0,
+        metadata={
+            "help": "with decoder_only: steps of the search for the tokens of every second mask, which are kept in "
+            "output_dir; masks are not cut and mirrored then"
+        },
     )
     fit_pictures: int = field(default=2048, metadata={"help": "pictures that the codebook is first fitted to"})
     scale_dropout: float = field(default=0.1, metadata={"help": "share of pictures drawn from the first scales only"})
@@ -130,10 +139,11 @@ class TokenizerTrainer(Trainer):
         recipe: TokenizerArguments,
         test_masks: np.ndarray,
         pictures: MaskPictures,
+        tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=lambda indices: {"indices": torch.tensor(indices)}, **kwargs)
-        self.recipe, self.test_masks, self.pictures = recipe, test_masks, pictures
+        self.recipe, self.test_masks, self.pictures, self.tokens = recipe, test_masks, pictures, tokens
         self.parts: dict[str, torch.Tensor] = {}
         self.clock = Clock(recipe.minutes)
         self.add_callback(self.clock)
@@ -189,6 +199,8 @@ class TokenizerTrainer(Trainer):
             reviving = phase == "joint" and progress < 0.8 and step % 100 == 0
             coded = assign(model.quantize, latent.detach(), places=reviving)
             whole = coded.f_hats[-1]
+            if self.tokens is not None:
+                whole[::2] = self.searched(model, inputs["indices"][::2])
             drawn = latent + (whole - latent).detach()
             scales = self.num_scales_at(step, len(pixels)).to(latent.device)[:, None, None, None]
             for count, f_hat in list(enumerate(coded.f_hats, 1))[:-1]:
@@ -208,6 +220,12 @@ class TokenizerTrainer(Trainer):
         if phase != "decoder":
             loss = loss + self.recipe.variance_weight * (variance / self.recipe.latent_variance - 1).square()
         return (loss, {"reconstruction": picture}) if return_outputs else loss
+
+    def searched(self, model: VARTokenizer, indices: torch.Tensor) -> torch.Tensor:
+        """What the tokens that were searched for masks say (B, D, h, w)."""
+        assert self.tokens is not None
+        *_, f_hat = model.quantize.accumulate(self.tokens[indices.cpu() % len(self.tokens)].to(indices.device))
+        return f_hat
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:  # of the last step
@@ -284,6 +302,8 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
 
 
 def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
+    if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
+        raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
     training.remove_unused_columns = False
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)
@@ -297,6 +317,18 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     photos = sorted(Path(recipe.photos).glob("*.*")) if recipe.photos else None
     seen = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     indices = range(max(seen, len(masks)))
+    pictures = MaskPictures(
+        masks,
+        recipe.image_size,
+        None if recipe.search_steps else training.seed,
+        photos,
+        recipe.photo_share,
+        device=training.device,
+    )
+    tokens = None
+    if recipe.search_steps:
+        model.to(training.device)
+        tokens = searched_tokens(model.eval(), pictures, recipe.search_steps, output / "searched_tokens.npy")
     trainer = TokenizerTrainer(
         model=model,
         args=training,
@@ -304,9 +336,8 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
         eval_dataset=indices,  # evaluation is by `judge`
         recipe=recipe,
         test_masks=test_masks,
-        pictures=MaskPictures(
-            masks, recipe.image_size, training.seed, photos, recipe.photo_share, device=training.device
-        ),
+        pictures=pictures,
+        tokens=tokens,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     round_to_half(model)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from math import log
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerCon
 from trl_recipes import train_visual_tokenizer
 from trl_recipes.codebook import assign, fit_codebook, follow, revive, uses_per_picture
 from trl_recipes.masks import MaskPictures, compose_masks, uniform
+from trl_recipes.searched_tokens import searched_tokens
 from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, judge
 
 STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
@@ -312,6 +314,65 @@ def test_the_decoder_can_be_trained_on_without_touching_the_codes(trained, bank_
     old, new = weights(trained), weights(tmp_path)
     for name, tensor in old.items():
         assert torch.equal(tensor, new[name]) == (not name.startswith(("decoder.", "post_quant_conv."))), name
+
+
+def test_the_decoder_learns_from_tokens_that_were_searched_for(trained, bank_folder, tmp_path):
+    recipe = {"start_from": str(trained), "decoder_only": True, "search_steps": 4}
+    run(bank_folder, tmp_path / "searched", recipe, max_steps=12, save_steps=6)
+    tokens = torch.from_numpy(np.load(tmp_path / "searched/searched_tokens.npy"))
+    pictures = MaskPictures(
+        compose_masks(bank_folder, "train", 40, 0, tmp_path / "searched/train_masks.npy"), 32, seed=None
+    )
+    model = VARTokenizer.from_pretrained(trained)
+    model.decode_dtype = torch.bfloat16
+    assert torch.equal(tokens[:16], model.encode(pictures.batch(torch.arange(16)), search_steps=4))
+    assert (tokens != model.encode(pictures.batch(torch.arange(40)))).any()
+    run(bank_folder, tmp_path / "plain", recipe | {"search_steps": 0}, max_steps=12, save_steps=6)
+    old, searched, plain = (weights(folder) for folder in (trained, tmp_path / "searched", tmp_path / "plain"))
+    for name, tensor in old.items():
+        still = not name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(tensor, searched[name]) == still, name
+        assert torch.equal(plain[name], searched[name]) == still, name
+    (tmp_path / "again").mkdir()
+    for name in ("searched_tokens.npy", "checkpoint-6"):
+        copy = shutil.copytree if (tmp_path / "searched" / name).is_dir() else shutil.copy
+        copy(tmp_path / "searched" / name, tmp_path / "again" / name)
+    run(bank_folder, tmp_path / "again", recipe, max_steps=12, save_steps=6)
+    torch.testing.assert_close(weights(tmp_path / "again"), searched, rtol=0, atol=1e-5)
+
+
+def stripes(count: int) -> np.ndarray:
+    """(count, 32, 32): the left half, moved on and on."""
+    return np.stack([np.roll(half(32)[0], place, axis=1) for place in range(count)])
+
+
+def test_a_search_that_was_stopped_finds_what_is_missing(trained, tmp_path, monkeypatch):
+    model, pictures = VARTokenizer.from_pretrained(trained), MaskPictures(stripes(40), 32, seed=None)
+    whole = searched_tokens(model, pictures, 2, tmp_path / "whole.npy")
+    encode, calls = model.encode, []
+
+    def stopped_after_one(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(model, "encode", stopped_after_one)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt) if len(calls) < 2 else nullcontext():
+            found = searched_tokens(model, pictures, 2, tmp_path / "tokens.npy")
+    assert torch.equal(found, whole) and len(calls) == 4 and model.decode_dtype is None
+    assert torch.equal(searched_tokens(model, pictures, 2, tmp_path / "tokens.npy"), whole) and len(calls) == 4
+    fewer = searched_tokens(model, MaskPictures(stripes(8), 32, seed=None), 2, tmp_path / "tokens.npy")
+    assert fewer.shape == (8, whole.shape[1])
+    with pytest.raises(ValueError, match="seed=None"):
+        searched_tokens(model, MaskPictures(stripes(8), 32, seed=1), 2, tmp_path / "other.npy")
+
+
+@pytest.mark.parametrize("recipe", [{}, {"decoder_only": True, "photos": "."}])
+def test_searching_is_for_masks_and_the_decoder(bank_folder, tmp_path, recipe):
+    with pytest.raises(ValueError, match="goes with --decoder_only"):
+        run(bank_folder, tmp_path, {"search_steps": 4} | recipe)
 
 
 @pytest.mark.parametrize("step", [30, 40, 45])

@@ -1,0 +1,44 @@
+"""Tokens that `VARTokenizer.search` finds for the masks of a training set: found once, kept, and gone on with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from modeling_argenseg import VARTokenizer
+
+from .masks import MaskPictures
+
+BATCH = 16
+MISSING = -1
+
+
+@torch.no_grad()
+def searched_tokens(model: VARTokenizer, pictures: MaskPictures, steps: int, cache: Path) -> torch.Tensor:
+    """Visual tokens (N, T) of the N masks of `pictures`, without augmentation.
+
+    They are written to `cache` (.npy) batch by batch: a run that was stopped finds what is missing. Where the file is
+    not of as many masks and tokens, it is begun anew.
+
+    Raises:
+        ValueError: the pictures are augmented, so that a mask has not the same tokens always.
+    """
+    if pictures.seed is not None:
+        raise ValueError("tokens are kept for masks as they are: make the pictures with seed=None")
+    shape = (len(pictures.masks), model.config.num_tokens)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    found = np.load(cache, mmap_mode="r+") if cache.exists() else None
+    if found is None or found.shape != shape:
+        found = np.lib.format.open_memmap(cache, mode="w+", dtype=np.int32, shape=shape)
+        found[:] = MISSING
+    missing = torch.from_numpy(np.flatnonzero((found == MISSING).any(1)))
+    dtype, model.decode_dtype = model.decode_dtype, torch.bfloat16
+    try:
+        for indices in tqdm(missing.split(BATCH) if len(missing) else (), desc=f"searching, {BATCH} masks each"):
+            tokens = model.encode(pictures.batch(indices), search_steps=steps)
+            found[indices.numpy()] = tokens.cpu().numpy()
+    finally:
+        model.decode_dtype = dtype
+        found.flush()
+    return torch.from_numpy(np.array(found)).long()
