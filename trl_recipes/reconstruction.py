@@ -79,11 +79,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    if min(args.search_steps or [0]) < 0 or (args.limit is not None and args.limit < 1):
+        raise SystemExit("error: --search-steps must be 0 or more, --limit 1 or more")
     try:
         task = load_task(args.task)
         options = dict(task_option(one) for one in args.option)
         source = open_source(task, args.data, args.split, None, args.images, options)
         processor: Any = ARGenSegProcessor.from_pretrained(args.model)
+        if processor.visual_tokenizer is None:
+            raise ValueError(f"{args.model} has no visual_tokenizer/ folder: masks cannot be tokenised")
         masks = target_masks(read_samples(source), args.limit)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -96,7 +96,7 @@ class TokenizerArguments:
 
 @torch.no_grad()
 def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[str, Any]:
-    """Reconstruction IoU after every scale at the masks' own size, and how predictable the tokens are.
+    """Reconstruction IoU after every scale at the masks' own size, and how predictable the tokens are: nearest codes.
 
     Returns `iou` (mean), `iou_per_scale`, `entropy_per_scale` (nats a token), `entropy_per_picture` (nats), and
     `empty_share_per_scale`: among cells where the mask is empty, the share of the commonest code.
@@ -105,7 +105,7 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
     config, ids, ious = model.config, [], []
     pictures = MaskPictures(masks, config.image_size, seed=None, device=model.device)
     for indices in torch.arange(len(masks)).split(batch_size):
-        tokens = model.encode(pictures.batch(indices))
+        tokens = model.encode(pictures.batch(indices), search_steps=0)
         maps = model.decode_scales(tokens).float().mean(2)  # (B, K, side, side)
         drawn = F.interpolate(maps, size=masks.shape[1:], mode="bilinear") > 0
         truth = pictures.masks[indices.to(model.device), None]

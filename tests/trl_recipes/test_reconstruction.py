@@ -47,7 +47,15 @@ def test_the_command_prints_a_line_for_each_number_of_steps(learned_folder, tmp_
     assert all(0 < float(line.split()[1]) <= 1 for line in lines)
 
 
-@pytest.mark.parametrize("words, message", [(["--option", "preset"], "NAME=VALUE"), (["--split", "none"], "split")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--option", "preset"], "NAME=VALUE"),
+        (["--split", "none"], "split"),
+        (["--search-steps", "4", "-1"], "0 or more"),
+        (["--limit", "0"], "1 or more"),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_line(learned_folder, bank_folder, words, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         reconstruction.main(["--model", str(learned_folder), "--task", "scenes", "--data", str(bank_folder), *words])

@@ -281,6 +281,13 @@ def test_a_run_ends_with_a_tokenizer_that_has_learned_to_draw_masks(trained, ban
     assert all(np.isfinite(loss) for loss in losses.values())
 
 
+def test_the_measure_is_of_the_nearest_codes_whatever_the_configuration_says(trained, bank_folder):
+    model, masks = VARTokenizer.from_pretrained(trained), compose_masks(bank_folder, "test", 8, seed=0)
+    expected = judge(model, masks)
+    model.config.search_steps = 8
+    assert judge(model, masks) == expected
+
+
 def test_the_evaluation_is_logged(bank_folder, tmp_path):
     run(bank_folder, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=2)
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
