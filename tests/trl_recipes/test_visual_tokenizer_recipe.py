@@ -283,9 +283,9 @@ def test_a_run_ends_with_a_tokenizer_that_has_learned_to_draw_masks(trained, ban
 
 def test_the_measure_is_of_the_nearest_codes_whatever_the_configuration_says(trained, bank_folder):
     model, masks = VARTokenizer.from_pretrained(trained), compose_masks(bank_folder, "test", 8, seed=0)
-    expected = judge(model, masks)
+    expected = str(judge(model, masks))  # as text: there are cells that are never empty, NaN
     model.config.search_steps = 8
-    assert judge(model, masks) == expected
+    assert str(judge(model, masks)) == expected
 
 
 def test_the_evaluation_is_logged(bank_folder, tmp_path):
