@@ -88,8 +88,8 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         Args:
             pixel_values: the pictures.
             search_steps: for masks, black and white: tries out tokens of the last scale in so many steps and keeps
-                those that bring the decoded mask nearer (`CodeSearch`), in `decode_dtype`. A step takes three decoder
-                passes' time. Default: the configuration's; 0 takes the nearest codes, as released.
+                those that bring the decoded mask nearer (`CodeSearch`), in `decode_dtype`. A step takes two decoder
+                passes, one of them with its gradient. Default: the configuration's; 0: nearest codes, as released.
 
         Raises:
             ValueError: pictures of another size; a negative number of steps.

@@ -55,17 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl_recipes.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_task_arguments(parser)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub name of a model with its processor")
-    add("--task", required=True, choices=task_names(), metavar="TASK", help=", ".join(task_names()))
-    add("--data", required=True, type=Path, metavar="DIR", help="folder of the task's data")
-    add("--images", type=Path, metavar="DIR", help="folder of its images, if they lie elsewhere")
-    add("--split", help="default: the task's first one")
     add("--protocol", help="such as per-expression or merged; default: the task's first one")
-    add(
-        "--option", action="append", default=[], metavar="NAME=VALUE", help="another setting of the task's reader, "
-        "such as preset=easy for scenes; results say so (may be given several times)",
-    )  # fmt: skip
     add("--limit", type=int, metavar="N", help="only the first N samples (of closed vocabularies: images), for a try")
     add("--batch-size", type=int, default=16, metavar="N", help="samples answered together (default: 16)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
@@ -81,6 +73,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL")
     add("--overwrite", action="store_true", help="begin anew, and delete the predictions in the output folder")
     return parser
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and which samples: what `open_task` reads."""
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub name of a model with its processor")
+    add("--task", required=True, choices=task_names(), metavar="TASK", help=", ".join(task_names()))
+    add("--data", required=True, type=Path, metavar="DIR", help="folder of the task's data")
+    add("--images", type=Path, metavar="DIR", help="folder of its images, if they lie elsewhere")
+    add("--split", help="default: the task's first one")
+    add(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="another setting of the task's reader, "
+        "such as preset=easy for scenes; results say so (may be given several times)",
+    )  # fmt: skip
+
+
+def open_task(args: argparse.Namespace, protocol: str | None = None) -> Source:
+    """The source that `add_task_arguments` named. Raises ValueError, OSError: there is none like it."""
+    options = dict(_option(one) for one in args.option)
+    return open_source(load_task(args.task), args.data, args.split, protocol, args.images, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,9 +118,8 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         ValueError, OSError: the input is at fault.
     """
     started = time.time()
-    task = load_task(args.task)
-    options = dict(task_option(one) for one in args.option)
-    source = open_source(task, args.data, args.split, args.protocol, args.images, options)
+    source = open_task(args, args.protocol)
+    task = source.task
     samples, class_names = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
     folder = args.output or default_output(args.model, source)
@@ -169,7 +180,7 @@ def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def task_option(text: str) -> tuple[str, Any]:
+def _option(text: str) -> tuple[str, Any]:
     """`name=value`, the value as YAML reads it. Raises ValueError without an equals sign."""
     name, equals, value = text.partition("=")
     if not equals:

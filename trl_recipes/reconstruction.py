@@ -10,7 +10,6 @@ Columns by size: the share of the image that a mask covers.
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,8 @@ from tqdm.auto import tqdm
 from processing import ARGenSegProcessor
 from processing.mask_inputs import load_mask
 
-from .evaluate import task_option
-from .tasks import Samples, load_task, open_source, read_samples, task_names
+from .evaluate import add_task_arguments, open_task
+from .tasks import Samples, read_samples
 
 BORDERS = (0.01, 0.03, 0.1)  # between the columns by size
 BATCH = 16
@@ -64,13 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="trl_recipes.reconstruction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_task_arguments(parser)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub name of a model with its processor")
-    add("--task", required=True, choices=task_names(), metavar="TASK", help=", ".join(task_names()))
-    add("--data", required=True, type=Path, metavar="DIR", help="folder of the task's data")
-    add("--images", type=Path, metavar="DIR", help="folder of its images, if they lie elsewhere")
-    add("--split", help="default: the task's first one")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the reader, as in evaluate")
     add("--limit", type=int, metavar="N", help="only the first N masks")
     add("--search-steps", type=int, nargs="+", metavar="N", help="default: 0 and those of the configuration")
     add("--bf16", action="store_true", help="decode in bfloat16: quicker where the processor multiplies it in hardware")
@@ -82,18 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
     if min(args.search_steps or [0]) < 0 or (args.limit is not None and args.limit < 1):
         raise SystemExit("error: --search-steps must be 0 or more, --limit 1 or more")
     try:
-        task = load_task(args.task)
-        options = dict(task_option(one) for one in args.option)
-        source = open_source(task, args.data, args.split, None, args.images, options)
+        source = open_task(args)
         processor: Any = ARGenSegProcessor.from_pretrained(args.model)
-        if processor.visual_tokenizer is None:
-            raise ValueError(f"{args.model} has no visual_tokenizer/ folder: masks cannot be tokenised")
+        visual_tokenizer = processor._require_visual_tokenizer()
         masks = target_masks(read_samples(source), args.limit)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     if not masks:
         raise SystemExit(f"error: {args.task} has no masks")
-    visual_tokenizer = processor.visual_tokenizer
     if args.bf16:
         visual_tokenizer.decode_dtype = torch.bfloat16
     all_steps = args.search_steps or sorted({0, visual_tokenizer.config.search_steps})
