@@ -19,6 +19,8 @@ from .var_quantizer import MultiScaleQuantizer
 APART = 2  # cells that are tried at the same time stand so far apart: each of their neighbourhoods tells of one
 LONGER, SHORTER = 1.5, 0.4  # what becomes of a cell's step after success and after failure
 PRICE = 0.06  # of a nat of a token's surprise, in nats of the picture's pixels
+SHARPNESS = 16.0  # times the decoded value is a pixel's logit of white: little but the side of the edge counts
+STRETCH = 2  # masks are mostly larger than their pictures; edges are compared where they lie between the pixels, too
 LEAST_SLOPE = 1e-3  # cells whose gradient is shorter than this share of the usual length are let alone
 FIRST_STEP = 1.0  # mean length of the first steps, in root mean squares of the length of a code
 
@@ -28,7 +30,7 @@ class CodeSearch:
 
     Args:
         quantizer: its codes.
-        decode: f_hat (B, D, h, w) to pictures (B, C, H, W), white where positive, 4 x being the logit of white.
+        decode: f_hat (B, D, h, w) to pictures (B, C, H, W), white where the mean of their channels is positive.
         pixel_values: the pictures (B, C, H, W) in [-1, 1], black and white but for their edges.
         visual_ids: tokens (B, T) to begin with.
     """
@@ -42,7 +44,7 @@ class CodeSearch:
     ) -> None:
         self.quantizer, self.decode, self.side = quantizer, decode, quantizer.side
         self.codebook = quantizer.embedding.weight.detach()
-        self.white = (pixel_values.float() + 1) / 2
+        self.white = (stretched(pixel_values.float(), "bicubic") > 0).float()
         self.coarse, self.tokens = visual_ids.split([visual_ids.shape[1] - self.side**2, self.side**2], dim=1)
         self.price = -PRICE * quantizer.log_frequency(len(quantizer.patch_nums) - 1).float()
         self.f_coarse = 0.0
@@ -50,10 +52,14 @@ class CodeSearch:
             *_, self.f_coarse = quantizer.accumulate(self.coarse)
 
     def wrong(self, codes_BlD: torch.Tensor) -> torch.Tensor:
-        """What is wrong in the picture that codes of the last scale complete: cross-entropy of its pixels (B, H, W)."""
+        """What is wrong in the picture that codes of the last scale complete: cross-entropy of its pixels (B, H, W).
+
+        Both pictures are stretched and read like masks: white or not.
+        """
         f_hat = self.f_coarse + self.quantizer.spread(codes_BlD, len(self.quantizer.patch_nums) - 1)
-        logits = 4 * self.decode(f_hat).float()
-        return F.binary_cross_entropy_with_logits(logits, self.white, reduction="none").mean(1)
+        logits = SHARPNESS * stretched(self.decode(f_hat).float(), "bilinear")
+        wrong = F.binary_cross_entropy_with_logits(logits, self.white, reduction="none")
+        return F.avg_pool2d(wrong, STRETCH)[:, 0]
 
     def slope(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What is wrong at present (B, H, W), and its gradient by the code of every cell (B, l, D)."""
@@ -107,6 +113,11 @@ class CodeSearch:
         """Which cells are tried together (l,): numbers below the square of `APART`."""
         at = torch.arange(self.side, device=self.tokens.device) % APART
         return (APART * at[:, None] + at).flatten()
+
+
+def stretched(pictures: torch.Tensor, mode: str) -> torch.Tensor:
+    """The mean of the channels of pictures (B, C, H, W), `STRETCH` times as large (B, 1, STRETCH * H, STRETCH * W)."""
+    return F.interpolate(pictures.mean(1, keepdim=True), scale_factor=STRETCH, mode=mode)
 
 
 __all__ = ["CodeSearch"]

@@ -7,7 +7,7 @@ import torch
 from tiny import CODES, SIDES, visual_tokenizer
 from torch.nn import functional as F
 
-from modeling_argenseg import VARTokenizer, VARTokenizerConfig
+from modeling_argenseg import VARTokenizer, VARTokenizerConfig, code_search
 
 LAST = SIDES[-1] ** 2
 
@@ -19,11 +19,12 @@ def blobs(count: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 def wrong(model: VARTokenizer, ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each decoded picture (B,)."""
+    """Cross-entropy (B,) of each decoded picture, read as a mask of twice its side."""
     with torch.no_grad():
         *_, f_hat = model.quantize.accumulate(ids)
-        logits = 4 * model.decode_latent(f_hat)
-    return F.binary_cross_entropy_with_logits(logits, (pictures + 1) / 2, reduction="none").mean((1, 2, 3))
+        decoded = F.interpolate(model.decode_latent(f_hat).mean(1, keepdim=True), scale_factor=2, mode="bilinear")
+    white = F.interpolate(pictures[:, :1], scale_factor=2, mode="bicubic") > 0
+    return F.binary_cross_entropy_with_logits(16 * decoded, white.float(), reduction="none").mean((1, 2, 3))
 
 
 def local_tokenizer(seed: int = 0) -> VARTokenizer:
@@ -80,7 +81,8 @@ def test_flat_pictures_that_are_right_stay_as_they_are():
     assert torch.equal(model.encode(black, search_steps=4), model.encode(black))
 
 
-def test_rare_codes_must_be_worth_their_price():
+def test_rare_codes_must_be_worth_their_price(monkeypatch):
+    monkeypatch.setattr(code_search, "PRICE", 0.5)  # much is wrong in the pictures of random weights
     model, pictures = local_tokenizer(), blobs(8)
     free = model.encode(pictures, search_steps=32)
     frequency = torch.rand(CODES).pow(12) + 1e-6
