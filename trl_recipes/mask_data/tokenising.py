@@ -1,6 +1,7 @@
 """Rows of `load_mask_data` as conversations, as token ids (made once and cached), and as batches."""
 
 import hashlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from PIL import Image
 from transformers import ProcessorMixin
 
+from modeling_argenseg import code_search
 from processing.image_inputs import load_image
 
 from ..scene_samples import ABSENT, pad_streams
@@ -138,7 +140,8 @@ def _tokenise(processor: Any, rows: list[dict[str, Any]]) -> dict[str, list]:
 
 
 def fingerprint_of(dataset: Dataset, processor: Any) -> str:
-    """Changes with all that ids depend on: the rows, the codes, the geometry, the text tokenizer, the wording."""
+    """Changes with all that ids depend on: the rows, the codes and how they are searched, the geometry, the text
+    tokenizer, the wording."""
     digest = hashlib.sha256()
     for row in dataset.remove_columns("image"):
         digest.update(repr([row[name] for name in ("prompt", "masks", "conversation", "image_size")]).encode())
@@ -147,6 +150,7 @@ def fingerprint_of(dataset: Dataset, processor: Any) -> str:
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     parts = [
         visual_tokenizer.config.to_json_string(use_diff=False),
+        inspect.getsource(code_search),
         processor.tokenizer.backend_tokenizer.to_str(),
         processor.chat_template,
         repr(sorted((name, value) for name, value in processor.to_dict().items() if name != "chat_template")),
