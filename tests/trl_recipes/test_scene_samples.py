@@ -204,11 +204,16 @@ def test_wrong_coarse_tokens_are_mended_by_finer_ones(parts, samples, collator, 
 
 def test_searched_tokens_are_nearer_to_the_masks_and_mend_slips_too(parts, samples, collator):
     processor, masks = parts[1], collator([samples[0], samples[1]])["masks"]
-    side = processor.visual_tokenizer.config.image_size
-    truth = F.interpolate(unpack(masks)[:, None], size=(side, side), mode="area").expand(-1, 3, -1, -1)
+    tokenizer = processor.visual_tokenizer
+    side = tokenizer.config.image_size
+    pictures = F.interpolate(unpack(masks)[:, None], size=(side, side), mode="bicubic", antialias=True)
+    white = (F.interpolate(pictures, scale_factor=2, mode="bicubic") > 0.5).float()
 
     def error(ids):
-        return F.binary_cross_entropy_with_logits(4 * processor.visual_tokenizer.decode(ids), truth).item()
+        *_, f_hat = tokenizer.quantize.accumulate(ids)
+        drawn = tokenizer.decode_latent(f_hat).mean(1, keepdim=True)
+        drawn = F.interpolate(drawn, scale_factor=2, mode="bilinear")
+        return F.binary_cross_entropy_with_logits(16 * drawn, white).item()
 
     plain, searched = (PictureEncoder(processor, search_steps=steps).encode(masks) for steps in (0, 16))
     assert torch.equal(*searched) and torch.equal(searched[0][:, :21], plain[0][:, :21])
