@@ -130,30 +130,35 @@ class MaskPictures:
         self.side, self.seed = side, seed
         self.photos, self.photo_share = photos or [], photo_share if photos else 0.0
 
-    def batch(self, indices: torch.Tensor) -> torch.Tensor:
-        """Pictures of indices (B,), of any size: mask i is that of index i, i + N, i + 2 N and so on."""
+    def batch(self, indices: torch.Tensor, side: int | None = None) -> torch.Tensor:
+        """Pictures of indices (B,), of any size: mask i is that of index i, i + N, i + 2 N and so on.
+
+        `side`: of the pictures, if another than usual; they show the same.
+        """
         indices = indices.to(self.masks.device)
         drawn = uniform(self.seed or 0, indices, 6)
         zoom = torch.ones_like(drawn[:, 0]) if self.seed is None else 0.55 + 0.45 * drawn[:, 0]
         left, top = (1 - zoom) * drawn[:, 1], (1 - zoom) * drawn[:, 2]
         white = self.masks[indices % len(self.masks)].float()
-        pictures = self.resized(white, zoom, left, top)[:, None].expand(-1, 3, -1, -1)
+        pictures = self.resized(white, zoom, left, top, side)[:, None].expand(-1, 3, -1, -1)
         if self.photo_share:
             pictures = pictures.clone()
             for place in (drawn[:, 4] < self.photo_share).nonzero()[:, 0].tolist():
                 photo = self.photo(int(drawn[place, 5] * len(self.photos)))
-                resized = self.resized(photo, *(x[place].expand(3) for x in (zoom, left, top)))
+                resized = self.resized(photo, zoom[place].expand(3), left[place].expand(3), top[place].expand(3), side)
                 pictures[place] = resized
         pictures = pictures * 2 - 1
         if self.seed is not None:
             pictures = torch.where((drawn[:, 3] < 0.5)[:, None, None, None], pictures.flip(3), pictures)
         return pictures.contiguous(memory_format=torch.channels_last)
 
-    def resized(self, planes: torch.Tensor, zoom: torch.Tensor, left: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    def resized(
+        self, planes: torch.Tensor, zoom: torch.Tensor, left: torch.Tensor, top: torch.Tensor, side: int | None = None
+    ) -> torch.Tensor:
         """Planes (B, H, W) in [0, 1], cut out and resized to (B, side, side)."""
         height, width = planes.shape[1:]
-        rows = bicubic_weights(height, self.side, top * height, zoom * height)
-        columns = bicubic_weights(width, self.side, left * width, zoom * width)
+        rows = bicubic_weights(height, side or self.side, top * height, zoom * height)
+        columns = bicubic_weights(width, side or self.side, left * width, zoom * width)
         with torch.autocast(planes.device.type, enabled=False):
             wide = (planes @ columns.transpose(1, 2)).clamp(0, 1)
             return (rows @ wide).clamp(0, 1).mul(255).round().div(255)  # flat areas are exactly flat

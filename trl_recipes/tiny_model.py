@@ -21,7 +21,7 @@ from .scenes import SceneDataset
 from .text_tokenizer import VISUAL_TOKEN, train_text_tokenizer
 from .word_regions import token_side
 
-IMAGE_SIDE, PATCH = 256, 16  # of the vision tower
+IMAGE_SIDE, GRID = 256, 16  # of the vision tower: pixels unless the recipe says otherwise, and tokens in a row
 
 
 def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
@@ -31,8 +31,9 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
         ValueError: the text tokenizer that the recipe names is for another codebook.
     """
     visual_tokenizer = AutoModel.from_pretrained(recipe.visual_tokenizer, dtype=torch.float32)
+    side = recipe.image_size or IMAGE_SIDE
     image_processor = GotOcr2ImageProcessorPil(
-        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+        size={"height": side, "width": side},
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
     )
@@ -59,8 +60,10 @@ def conversation_lines(recipe: Any, scenes: SceneDataset) -> list[str]:
 def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditionalGeneration:
     """Random weights, but for the vision trunk and the codebook; positions start as sines and cosines."""
     visual_tokenizer: Any = processor.visual_tokenizer
-    width = recipe.hidden_size
+    width, side = recipe.hidden_size, recipe.image_size or IMAGE_SIDE
     vision = EfficientNetLiteVisionConfig(
+        image_size=side,
+        patch_size=side // GRID,
         hidden_size=width,
         num_hidden_layers=recipe.vision_layers,
         intermediate_size=2 * width,
@@ -87,7 +90,7 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         text_config=text,
         image_token_id=processor.image_token_id,
         image_seq_length=recipe.image_tokens,
-        downsample_ratio=token_side(recipe.image_tokens) / (IMAGE_SIDE // PATCH),
+        downsample_ratio=token_side(recipe.image_tokens) / GRID,
     )
     config = ARGenSegConfig(
         vlm_config=vlm,
@@ -111,6 +114,19 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         max_new_tokens=48,
     )
     return model
+
+
+def look_closer(model: ARGenSegForConditionalGeneration, processor: ARGenSegProcessor, side: int) -> None:
+    """Makes the vision tower see images of another side, with as many tokens and the same weights.
+
+    Raises:
+        ValueError: the trunk cannot take images of this side.
+    """
+    config = model.model.vlm.vision_tower.config
+    changed = config.to_dict() | {"image_size": [side, side], "patch_size": [side // GRID] * 2}
+    checked = EfficientNetLiteVisionConfig(**changed)
+    config.image_size, config.patch_size = checked.image_size, checked.patch_size
+    processor.image_processor.size = type(processor.image_processor.size)(height=side, width=side)
 
 
 def sines(sides: list[int], width: int) -> torch.Tensor:

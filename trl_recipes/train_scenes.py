@@ -36,7 +36,7 @@ from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
-from .tiny_model import adopt_visual_tokenizer, build_model, build_processor
+from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
 from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
 
@@ -82,10 +82,19 @@ class SceneArguments:
         default=0.0,
         metadata={"help": "share of the things that the language model sees as if nobody had ever seen their like"},
     )
+    warp: float = field(
+        default=0.0, metadata={"help": "how far the corners of cut-outs are pulled about, as a share of their sides"}
+    )
     hidden_size: int = field(default=256, metadata={"help": "width of the language model"})
     num_layers: int = field(default=6, metadata={"help": "layers of the language model"})
     vision_layers: int = field(default=2, metadata={"help": "transformer layers on the vision trunk"})
     image_tokens: int = field(default=256, metadata={"help": "tokens of an image in the stream", "choices": [256, 64]})
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "pixels of the image's side in the vision tower, e.g. 384; default: that of start_from, or 256"
+        },
+    )
     feature_strides: list[int] = field(
         default_factory=lambda: [4, 8, 16, 32], metadata={"help": "features of the vision trunk that make the tokens"}
     )
@@ -224,6 +233,8 @@ def load_or_build(
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
+        if recipe.image_size is not None:
+            look_closer(model, processor, recipe.image_size)
         model.config.visual_loss, model.config.visual_loss_weight = recipe.visual_loss, recipe.visual_loss_weight
     if recipe.freeze_vision:
         model.model.vlm.vision_tower.requires_grad_(False)
@@ -243,7 +254,9 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     total = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     length, stages = max(total, recipe.text_scenes), curriculum(recipe.schedule, total)
     per_scene = recipe.expressions_per_scene
-    scenes = SceneDataset(bank, SceneConfig(), training.seed, length, per_scene, stages, recipe.questions_per_scene)
+    scenes = SceneDataset(
+        bank, SceneConfig(warp=recipe.warp), training.seed, length, per_scene, stages, recipe.questions_per_scene
+    )
     model, processor = load_or_build(recipe, scenes)
     if recipe.compile_layers:
         compile_layers(model)

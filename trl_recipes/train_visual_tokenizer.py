@@ -28,6 +28,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from modeling_argenseg import VARTokenizer, VARTokenizerConfig
+from modeling_argenseg.code_search import STRETCH, edge_logits
 
 from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
@@ -35,6 +36,9 @@ from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
 from .searched_tokens import searched_tokens
+
+LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
+ENTROPY_SHARE = 0.25
 
 
 @dataclass
@@ -82,6 +86,21 @@ class TokenizerArguments:
     decoder_only: bool = field(
         default=False, metadata={"help": "keep the codes of start_from, so that models trained on them stay valid"}
     )
+    codes: str = field(
+        default="new",
+        metadata={
+            "help": "new: fitted to the latents, then they follow the encoder; follow: those of start_from follow it; "
+            "keep: they stay, and models trained on them need little to get used to the encoder's new tokens",
+            "choices": ["new", "follow", "keep"],
+        },
+    )
+    edge_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "factor on a loss of pictures read like masks, at twice the side, black or white, a small mask as "
+            "important as a large one; for what draws masks already"
+        },
+    )
     search_steps: int = field(
         default=0,
         metadata={
@@ -128,6 +147,23 @@ def judge(model: VARTokenizer, masks: np.ndarray, batch_size: int = 32) -> dict[
         "entropy_per_picture": float(np.dot(entropies, [side * side for side in config.patch_nums])),
         "empty_share_per_scale": [round(x, 3) for x in shares],
     }
+
+
+def edge_loss(pictures: torch.Tensor, white: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """How far decoded pictures (B, C, H, W), read like masks, are from masks (B, 1, S * H, S * W), S = `STRETCH`:
+    1 - IoU, softly, and the cross-entropy of the pixels over the mask's area. The mean of the pictures that are
+    `counted` (B,).
+
+    The first is what is asked for; where a pixel is plainly wrong its slope is nothing, and the second has one.
+    """
+    logits, white = edge_logits(pictures), white.float()
+    area = white.sum((1, 2, 3))
+    both = (logits.sigmoid() * white).sum((1, 2, 3))
+    either = logits.sigmoid().sum((1, 2, 3)) + area - both
+    least = LEAST_AREA * white[0].numel()
+    entropy = F.binary_cross_entropy_with_logits(logits, white, reduction="none").sum((1, 2, 3))
+    losses = 1 - (both + 1) / (either + 1) + ENTROPY_SHARE * entropy / area.clamp(min=least)
+    return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
 class TokenizerTrainer(Trainer):
@@ -195,19 +231,24 @@ class TokenizerTrainer(Trainer):
         self.begin(phase, model)
         latent = model.latent(pixels).float()
         variance, commitment, drawn = latent.var(), latent.new_zeros(()), latent
+        complete = torch.ones(len(pixels), dtype=torch.bool, device=latent.device)
         if phase != "autoencoder":
-            reviving = phase == "joint" and progress < 0.8 and step % 100 == 0
+            reviving = phase == "joint" and self.recipe.codes != "keep" and progress < 0.8 and step % 100 == 0
             coded = assign(model.quantize, latent.detach(), places=reviving)
             whole = coded.f_hats[-1]
             if self.tokens is not None:
                 whole[::2] = self.searched(model, inputs["indices"][::2])
             drawn = latent + (whole - latent).detach()
-            scales = self.num_scales_at(step, len(pixels)).to(latent.device)[:, None, None, None]
+            scales = self.num_scales_at(step, len(pixels)).to(latent.device)
+            complete = scales == len(coded.f_hats)
             for count, f_hat in list(enumerate(coded.f_hats, 1))[:-1]:
-                drawn = torch.where(scales == count, f_hat, drawn)  # which says nothing about the latent: no gradient
+                drawn = torch.where(
+                    (scales == count)[:, None, None, None], f_hat, drawn
+                )  # which says nothing about the latent: no gradient
             if phase == "joint":
                 commitment = F.mse_loss(latent, whole)
-                follow(model.quantize, coded, len(pixels), self.recipe.codebook_decay)
+                if self.recipe.codes != "keep":
+                    follow(model.quantize, coded, len(pixels), self.recipe.codebook_decay)
                 if reviving:
                     revive(model.quantize, coded)
         picture = model.decode_latent(drawn).float()
@@ -217,6 +258,10 @@ class TokenizerTrainer(Trainer):
             drawing = 2 * F.binary_cross_entropy_with_logits(4 * picture, (pixels + 1) / 2)
         self.parts = {"drawing": drawing, "commitment": commitment, "latent_variance": variance}
         loss = drawing + self.recipe.commitment_weight * commitment
+        if self.recipe.edge_weight:
+            white = self.pictures.batch(inputs["indices"], STRETCH * pixels.shape[-1]).mean(1, keepdim=True) > 0
+            self.parts["edges"] = edges = edge_loss(picture, white, complete)
+            loss = loss + self.recipe.edge_weight * edges
         if phase != "decoder":
             loss = loss + self.recipe.variance_weight * (variance / self.recipe.latent_variance - 1).square()
         return (loss, {"reconstruction": picture}) if return_outputs else loss
@@ -244,7 +289,7 @@ class TokenizerTrainer(Trainer):
             part.requires_grad_(phase != "decoder")
         if phase == before or self.recipe.decoder_only:
             return
-        if phase != "autoencoder" and before in (None, "autoencoder"):
+        if self.recipe.codes == "new" and phase != "autoencoder" and before in (None, "autoencoder"):
             self.fit_codebook(model)
         self.optimizer.state.clear()  # the moments of other gradients
 
@@ -275,7 +320,7 @@ def round_to_half(model: VARTokenizer) -> None:
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
-        if recipe.decoder_only:
+        if recipe.decoder_only or recipe.codes != "new":
             return VARTokenizer.from_pretrained(recipe.start_from)
         model = VARTokenizer.from_pretrained(recipe.start_from)
         fresh = VARTokenizer(new_config(recipe))  # the codebook may have another size
@@ -304,6 +349,10 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
 def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
+    if (recipe.codes != "new" or recipe.decoder_only) and recipe.start_from is None:
+        raise ValueError("--codes keep or follow, and --decoder_only, go on from a tokenizer: give --start_from")
+    if recipe.codes != "new" and recipe.autoencoder_steps:
+        raise ValueError(f"--codes {recipe.codes} has no use for an autoencoder: give --autoencoder_steps 0")
     training.remove_unused_columns = False
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)

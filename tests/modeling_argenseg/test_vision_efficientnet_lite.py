@@ -82,7 +82,7 @@ def test_features_of_any_stride_stand_on_the_grid_of_the_tokens():
     model = tiny_model(feature_strides=[4, 8, 16, 32])
     with torch.no_grad():
         found = model.trunk(tiny_images())
-        grids = [model.to_grid(one) for one in found]
+        grids = [model.to_grid(one, fold) for one, fold in zip(found, model.folds, strict=True)]
         out = model(tiny_images()).last_hidden_state
     assert [tuple(one.shape[1:]) for one in found] == [(6, 16, 16), (8, 8, 8), (12, 4, 4), (14, 2, 2)]
     assert [tuple(one.shape[1:]) for one in grids] == [(96, 4, 4), (32, 4, 4), (12, 4, 4), (14, 4, 4)]
@@ -90,6 +90,20 @@ def test_features_of_any_stride_stand_on_the_grid_of_the_tokens():
     corner = found[0][0, :, 12:, 4:8].flatten()  # the cells below the token in the last row, second column
     assert torch.equal(grids[0][0, :, 3, 1], corner)
     assert torch.equal(grids[2], found[2])
+
+
+def test_larger_images_make_as_many_tokens_with_the_same_weights():
+    sizes = {"feature_strides": [4, 8, 16, 32], "image_size": 64}
+    model, larger = tiny_model(**sizes), tiny_model(**sizes | {"image_size": 96, "patch_size": 24})
+    larger.load_state_dict(model.state_dict())
+    assert larger.folds == model.folds == [4, 2, 1, 1] and larger.grid_size == model.grid_size == (4, 4)
+    images = torch.zeros(1, 3, 96, 96)
+    images[:, :, 72:, 24:48] = 3.0  # what the token in the last row, second column shows
+    with torch.no_grad():
+        plain, seen = (larger.to_grid(larger.trunk(x)[0], 4) for x in (torch.zeros_like(images), images))
+        assert larger(images).last_hidden_state.shape == (1, 16, 16)
+    changed = (seen - plain).abs().sum(1)[0]
+    assert changed.argmax() == 3 * 4 + 1 and changed[:2].max() < 0.01 * changed.max()
 
 
 def test_features_of_a_stride_that_the_trunk_has_not_are_refused():
@@ -103,7 +117,7 @@ def test_a_trunk_that_is_not_frozen_gets_gradients():
     assert all(p.requires_grad and p.grad is not None for p in model.trunk.parameters())
 
 
-@pytest.mark.parametrize("bad", [{"image_size": 80}, {"patch_size": 8}, {"stages": [[3, 1, 1, 4]]}])
+@pytest.mark.parametrize("bad", [{"image_size": 80}, {"patch_size": 24}, {"stages": [[3, 1, 1, 4]]}])
 def test_inconsistent_configs_are_refused(bad):
     with pytest.raises(ValueError):
         tiny_config(**bad)

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from tiny_scenes import COLORS
 from torch.utils.data import DataLoader
 
 from trl_recipes.scenes import KIND_WEIGHTS, SceneBank, SceneConfig, SceneDataset, compose_scene
 from trl_recipes.scenes.dataset import flat_expressions
+from trl_recipes.scenes.effects import warp_sprite
 from trl_recipes.scenes.expressions import name_everything, sample_expressions
 from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, with_article
 from trl_recipes.scenes.view import SceneView
@@ -114,6 +116,30 @@ def test_pixels_under_a_mask_show_the_sprite(bank):
             if one.visible > 50:
                 median = np.median(pixels[scene.index_map == one.index], axis=0)
                 assert np.abs(median - COLORS[one.sprite.color]).max() <= 3
+
+
+def test_a_warped_sprite_is_seen_from_elsewhere():
+    grid = np.zeros((40, 60, 4), np.uint8)
+    grid[..., 0], grid[..., 1], grid[..., 3] = np.arange(60) * 4, np.arange(40)[:, None] * 6, 255
+    rng = np.random.default_rng(0)
+    warped = np.asarray(warp_sprite(Image.fromarray(grid), rng, 0.2)).astype(int)
+    assert warped.shape == grid.shape
+    middle = warped[20, 30]
+    assert middle[3] == 255 and abs(middle[0] - 120) < 0.2 * 240 and abs(middle[1] - 120) < 0.2 * 240
+    corners = np.random.default_rng(0).uniform(-0.2, 0.2, (4, 2))
+    assert (warped[0, 0, 3] == 0) == bool((corners[0] < 0).any())  # from outside: transparent
+    unmoved = np.asarray(warp_sprite(Image.fromarray(grid), rng, 0.0))
+    assert np.abs(unmoved[1:-1, 1:-1].astype(int) - grid[1:-1, 1:-1]).max() <= 6
+
+
+def test_warping_leaves_scenes_without_it_alone(bank):
+    def scene(**changes):
+        return compose_scene(bank, np.random.default_rng(5), SceneConfig(image_size=128, **changes))
+
+    plain, warped = scene(), scene(warp=0.2)
+    assert plain.image.tobytes() == scene(warp=0.0).image.tobytes()
+    assert [one.box for one in warped.objects] == [one.box for one in plain.objects]
+    assert not np.array_equal(plain.index_map, warped.index_map)
 
 
 def test_occluded_objects_are_never_targets(spoken):

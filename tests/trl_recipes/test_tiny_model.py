@@ -3,10 +3,11 @@
 import pytest
 import tiny_scenes
 import torch
+from PIL import Image
 
 from processing import ARGenSegProcessor
 from trl_recipes.scene_samples import PictureEncoder, SceneCollator, SceneSamples, model_inputs
-from trl_recipes.tiny_model import adopt_visual_tokenizer, sines
+from trl_recipes.tiny_model import adopt_visual_tokenizer, look_closer, sines
 from trl_recipes.train_scenes import load_or_build
 
 
@@ -47,6 +48,21 @@ def fresh(bank_folder, tokenizer_folder, known_scenes):
     model, processor = load_or_build(tiny_scenes.scene_arguments(bank_folder, tokenizer_folder), known_scenes)
     model.config.num_scales = None
     return model, processor
+
+
+def test_a_model_that_looks_closer_keeps_its_weights_and_its_tokens(fresh, tmp_path):
+    model, processor = fresh
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    look_closer(model, processor, 384)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model, processor = type(model).from_pretrained(tmp_path), ARGenSegProcessor.from_pretrained(tmp_path)
+    pixels = processor.image_processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 384, 384)
+    assert model.get_image_features(pixels, return_dict=True).pooler_output.shape[1] == processor.image_seq_length
+    with pytest.raises(ValueError, match="image_size"):
+        look_closer(model, processor, 400)
 
 
 def test_a_tokenizer_with_the_same_codes_changes_only_how_pictures_look(fresh, tmp_path):

@@ -17,7 +17,7 @@ from trl_recipes import train_visual_tokenizer
 from trl_recipes.codebook import assign, fit_codebook, follow, revive, uses_per_picture
 from trl_recipes.masks import MaskPictures, compose_masks, uniform
 from trl_recipes.searched_tokens import searched_tokens
-from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, judge
+from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, edge_loss, judge
 
 STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
 
@@ -85,6 +85,14 @@ def test_pictures_are_resized_as_by_pillow():
         np.testing.assert_allclose(picture[1], wanted, atol=0.02)
 
 
+def test_larger_pictures_show_the_same():
+    pictures, indices = MaskPictures(np.random.default_rng(0).random((3, 64, 64)) < 0.3, 16, seed=2), torch.arange(9)
+    small, large = pictures.batch(indices), pictures.batch(indices, 64)
+    assert large.shape == (9, 3, 64, 64)
+    torch.testing.assert_close(torch.nn.functional.avg_pool2d(large, 4), small, atol=0.5, rtol=0)
+    assert torch.corrcoef(torch.stack([torch.nn.functional.avg_pool2d(large, 4).ravel(), small.ravel()]))[0, 1] > 0.9
+
+
 def test_random_numbers_of_indices_are_even_and_unrelated():
     drawn = uniform(1, torch.arange(20_000), 3)
     assert drawn.min() >= 0 and drawn.max() < 1
@@ -98,6 +106,33 @@ def test_photos_are_mixed_in_as_often_as_told(tmp_path):
     mixed = MaskPictures(half(64), 16, 0, photos=[tmp_path / "red.png"], photo_share=0.25).batch(torch.arange(200))
     red = (mixed[:, 1] < mixed[:, 0]).all((1, 2)).sum()
     assert 30 < red < 70
+
+
+# ---------------------------------------------------------------------- the loss of edges
+
+
+def test_the_loss_of_edges_is_of_the_masks_that_are_counted():
+    white = torch.zeros(3, 1, 32, 32, dtype=torch.bool)
+    white[:, :, 8:24, 8:24] = True
+    pictures = (2 * white[:, :, ::2, ::2].float() - 1).expand(-1, 3, -1, -1).clone()
+    every, good = torch.ones(3, dtype=torch.bool), torch.tensor([True, False, True])
+    assert edge_loss(pictures, white, every) < 0.1
+    pictures[1] = -1.0  # nothing drawn
+    assert edge_loss(pictures, white, good) < 0.1 < 1.0 < edge_loss(pictures, white, ~good)
+    torch.testing.assert_close(
+        edge_loss(pictures, white, every),
+        (edge_loss(pictures, white, ~good) + 2 * edge_loss(pictures, white, good)) / 3,
+    )
+    assert edge_loss(pictures, white, ~every) == 0
+
+
+def test_the_loss_of_edges_counts_a_pixel_of_a_small_mask_for_more():
+    white = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+    white[0, :, 10:50, 10:50], white[1, :, 20:30, 20:30] = True, True
+    pictures = 2 * white[:, :, ::2, ::2].float() - 1
+    pictures[:, :, 12:14, 12:14] *= -1  # a hole of the same size
+    small, large = (edge_loss(pictures, white, torch.arange(2) == i) for i in (1, 0))
+    assert small > 4 * large
 
 
 # ---------------------------------------------------------------------- the measure
@@ -321,6 +356,33 @@ def test_the_decoder_can_be_trained_on_without_touching_the_codes(trained, bank_
     old, new = weights(trained), weights(tmp_path)
     for name, tensor in old.items():
         assert torch.equal(tensor, new[name]) == (not name.startswith(("decoder.", "post_quant_conv."))), name
+
+
+@pytest.mark.parametrize("codes", ["keep", "follow"])
+def test_encoder_and_decoder_can_go_on_with_the_codes_they_have(trained, bank_folder, tmp_path, codes):
+    recipe = {"start_from": str(trained), "codes": codes, "autoencoder_steps": 0, "joint_steps": 6, "edge_weight": 1.0}
+    run(bank_folder, tmp_path, recipe, max_steps=8, save_steps=4)
+    old, new = weights(trained), weights(tmp_path)
+    for name, tensor in old.items():
+        stays = name.startswith("quantize.quant_resi.") or (codes == "keep" and name.startswith("quantize."))
+        assert torch.equal(tensor, new[name]) == stays, name
+    moved = (old["quantize.embedding.weight"] - new["quantize.embedding.weight"]).norm()
+    assert moved < 0.5 * old["quantize.embedding.weight"].norm()  # fitted anew they would be others
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert 0 < next(entry["edges"] for entry in state["log_history"] if "edges" in entry) < 10
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"codes": "keep", "autoencoder_steps": 0}, "--start_from"),
+        ({"decoder_only": True}, "--start_from"),
+        ({"codes": "follow", "start_from": "somewhere"}, "--autoencoder_steps 0"),
+    ],
+)
+def test_going_on_needs_something_to_go_on_from(bank_folder, tmp_path, recipe, told):
+    with pytest.raises(ValueError, match=told):
+        run(bank_folder, tmp_path, recipe)
 
 
 def test_the_decoder_learns_from_tokens_that_were_searched_for(trained, bank_folder, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .bank import ALPHA_CUT, Background, SceneBank, Sprite
 from .config import SceneConfig
-from .effects import develop, jitter_sprite
+from .effects import develop, jitter_sprite, warp_sprite
 from .lexicon import FLYING, Lexicon
 
 
@@ -292,6 +292,8 @@ def _draw_sprite(
 ) -> int:
     # Returns the in-frame area in pixels.
     picture = Image.fromarray(bank.sprite_pixels(item.sprite.index))
+    if config.warp > 0:
+        picture = warp_sprite(picture, rng, config.warp)
     how = Image.Resampling.BILINEAR if item.width <= picture.width else Image.Resampling.BICUBIC
     pixels = np.asarray(picture.resize((item.width, item.height), how))
     if rng.random() < config.flip_share:

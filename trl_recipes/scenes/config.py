@@ -41,6 +41,8 @@ class SceneConfig:
         overflow_share: share of the objects that may reach over an edge.
         shadow_share: share of the scenes with contact shadows.
         flip_share: chance that a sprite is mirrored.
+        warp: how far a sprite's corners are pulled about, as a share of its sides; makes more of few cut-outs, for
+            training.
         gradient_share: chance of a light gradient over the picture.
         jitter: strength of the brightness and tint jitter (0 = off; 1 = as intended).
         blur_share: chance of a slight blur.
@@ -65,6 +67,7 @@ class SceneConfig:
     overflow_share: float = 0.12
     shadow_share: float = 0.85
     flip_share: float = 0.5
+    warp: float = 0.0
     gradient_share: float = 0.6
     jitter: float = 1.0
     blur_share: float = 0.3

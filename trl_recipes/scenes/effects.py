@@ -29,6 +29,14 @@ def jitter_sprite(pixels: np.ndarray, rng: np.random.Generator, strength: float)
     return changed
 
 
+def warp_sprite(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """A picture of the same size, RGBA, as if seen from elsewhere: each corner shows what is up to `strength` times the
+    sides away from it. What comes from outside is transparent."""
+    corners = np.array([[0, 0], [0, 1], [1, 1], [1, 0]]) + rng.uniform(-strength, strength, (4, 2))
+    quad = (corners * picture.size).ravel().tolist()
+    return picture.transform(picture.size, Image.Transform.QUAD, quad, Image.Resampling.BILINEAR)
+
+
 def develop(canvas: np.ndarray, rng: np.random.Generator, config: SceneConfig) -> Image.Image:
     """Light gradient, tint, blur, noise and JPEG on RGB uint8 (H, W, 3); returns the finished RGB picture."""
     size = canvas.shape[0]
