@@ -12,6 +12,7 @@ PROMPT ?= the sheep
 OUTPUT ?= outputs
 BANK ?= bank
 SKIP ?=
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lora bank train-tiny test lint format clean
@@ -38,9 +39,9 @@ bank: $(VENV)/.installed-$(if $(filter furniture,$(SKIP)),train,bank) ## downloa
 train-tiny: $(VENV)/.installed-train ## train a small model from BANK to OUTPUT/tiny/published (TOKENIZER_STEPS=, MODEL_STEPS= ...)
 	BANK=$(BANK) OUT=$(OUTPUT)/tiny PYTHON=$(BIN)/python bash examples/train_tiny.sh
 
-test: $(VENV)/.installed-test ## set up and run ruff, mypy and pytest
+test: $(VENV)/.installed-test ## set up and run ruff, mypy and pytest, in JOBS processes of one thread each
 	$(MAKE) --no-print-directory lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope
 
 lint: $(VENV)/.installed-test ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
