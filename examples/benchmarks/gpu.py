@@ -10,6 +10,8 @@ What no longer fits is skipped, and what fails is reported and left out. Ways of
   recorded     a static cache; the scales' passes are CUDA graphs, recorded without a compiler
                (`CompileConfig(backend="cudagraphs")`)
   fused        as recorded, with torch's RMS norm in them (`options={"fused_norms": True}`)
+  layers       as recorded, over decoder layers that inductor has compiled (`options={"compiled_layers": True}`);
+               the first run compiles one graph for each scale
 
 A floor counts the bytes of the weights that have to be read in all passes after the prefill, at the speed of a copy,
 and vision, prefill and decoder as measured: as they run (eager), and for the strict one as CUDA graphs.
@@ -50,6 +52,7 @@ from modeling_argenseg.static_steps import Home, Recording, rounded_up, write_to
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PARTS = ("vision", "prefill", "drawing", "decoder")
+RECORDED = ("recorded", "fused", "layers")  # ways
 
 
 class Report:
@@ -152,12 +155,14 @@ class Measurement:
         self.device = torch.device(args.device)
         recorded = CompileConfig(backend="cudagraphs")
         fused = CompileConfig(backend="cudagraphs", options={"fused_norms": True})
-        recorded._compile_all_devices = fused._compile_all_devices = True
+        layers = CompileConfig(backend="cudagraphs", options={"compiled_layers": True})
+        recorded._compile_all_devices = fused._compile_all_devices = layers._compile_all_devices = True
         self.ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "static": {"cache_implementation": "static", "disable_compile": True},
             "recorded": {"cache_implementation": "static", "compile_config": recorded},
             "fused": {"cache_implementation": "static", "compile_config": fused},
+            "layers": {"cache_implementation": "static", "compile_config": layers},
         }
         self.case: cases.Case
         self.totals: dict[str, float] = {}
@@ -178,6 +183,8 @@ class Measurement:
             "plain": (4, lambda: self.one_prompt("plain", 3)),
             "released": (5, self.released),
             "recorded": (4, lambda: self.one_prompt("recorded", 7)),
+            "layers": (60, lambda: self.one_prompt("layers", 7)),
+            "linear maps": (2, self.linear_maps),
             "static": (3, lambda: self.one_prompt("static", 2)),
             "fused": (4, lambda: self.one_prompt("fused", 7)),
             "sequential recorded": (4, lambda: self.sequential("recorded")),
@@ -185,9 +192,9 @@ class Measurement:
             "images": (6, lambda: self.throughput("images", shared=False)),
             "sequential eager": (10, lambda: self.sequential("plain")),
             "strict floor": (3, self.strict_floor),
-            "linear maps": (2, self.linear_maps),
             "tiny": (6, self.tiny),
             "tiny compiled": (25, self.tiny_compiled),
+            "tiny layers": (25, self.tiny_layers),
         }
 
     def build(self) -> None:
@@ -225,7 +232,7 @@ class Measurement:
         begin = now(self.device)
         self.codes[way] = self.ours(way)
         report.add(f"one prompt, {way}: first run, s", now(self.device) - begin)
-        if way in ("recorded", "fused"):
+        if way in RECORDED:
             self.say_what_was_recorded()
         found = times(lambda: self.ours(way), self.device, count)
         self.totals[way] = statistics.median(found)
@@ -242,7 +249,7 @@ class Measurement:
             if other != way:
                 differ = int((codes != self.codes[way]).sum())
                 report.add(f"ids that differ, {way} and {other}, of {codes.numel()}", differ)
-        if way in ("recorded", "fused"):
+        if way in RECORDED:
             measured = {part: self.parts[way][part] for part in PARTS if part != "drawing"}
             floor = measured | {"drawing": self.drawing_floor()}
             self.compare("floor, with vision, prefill and decoder as they run", floor, way)
@@ -252,10 +259,13 @@ class Measurement:
             report.add("ids are the same in a second plain run", same)
 
     def say_what_was_recorded(self) -> None:
-        homes = getattr(self.case.model._scale_graphs, "homes", [])
+        recorded = self.case.model._scale_graphs
+        homes = getattr(recorded, "homes", [])
         graphs = [graph for home in homes for graph in home.graphs.values()]
         good = sum(graph is not None for graph in graphs)
         self.report.add("recorded passes, and refused", [good, len(graphs) - good])
+        if getattr(recorded, "calls", {}):
+            self.report.add("compiled layers, and whether all could be", [len(recorded.calls), recorded.compiles])
 
     def each_pass(self, way: str) -> None:
         """Milliseconds of the recorded pass of each scale, by its length, played alone."""
@@ -434,7 +444,7 @@ class Measurement:
             play = lambda recording=recording, tensors=tensors: recording(tensors)  # noqa: E731
             found[part] = statistics.median(times(play, self.device, 7))
             self.report.add(f"{part} as a CUDA graph, ms", found[part])
-        for way in ("recorded", "fused"):
+        for way in RECORDED:
             if way in self.parts:
                 self.compare("strict floor, with vision, prefill and decoder as CUDA graphs", found, way)
 
@@ -444,7 +454,7 @@ class Measurement:
         self.case = cases.build("tiny", self.args.device, torch.float32)
         self.report.add("tiny: loading, s", now(self.device) - begin)
         reference = modes.released(self.case, SimpleNamespace(phase=None))
-        for way in self.ways:
+        for way in ("plain", "static", "recorded", "fused"):  # what takes a compiler has steps of its own
             differ = int((self.ours(way) != reference).sum())
             taken = statistics.median(times(partial(self.ours, way), self.device, 7))
             self.report.add(f"tiny, {way}: ms a mask", taken)
@@ -474,6 +484,23 @@ class Measurement:
         differ = int((self.ours("compiled") != self.ours("plain")).sum())
         self.report.add("tiny, compiled: ids that differ for another prompt", differ)
         self.report.add("tiny, compiled: graphs after all that", counters["stats"]["unique_graphs"])
+
+    def tiny_layers(self) -> None:
+        """Recorded over compiled layers, in fp32: the same ids, from one graph for each shape."""
+        if self.device.type != "cuda":
+            self.report.add("tiny, layers", "only on a GPU")
+            return
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        self.case = cases.build("tiny", self.args.device, torch.float32)
+        begin, plain = now(self.device), self.ours("plain")
+        differ = int((self.ours("layers") != plain).sum())
+        self.report.add("tiny, layers: first run, s", now(self.device) - begin)
+        self.report.add("tiny, layers: ids that differ from the plain way's", differ)
+        self.report.add("tiny, layers: graphs", counters["stats"]["unique_graphs"])
+        self.say_what_was_recorded()
+        taken = statistics.median(times(lambda: self.ours("layers"), self.device, 7))
+        self.report.add("tiny, layers: ms a mask", taken)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,12 +8,18 @@ Inductor takes minutes for the graphs of a large model. `CompileConfig(backend="
 scale is recorded as it is the first time it is drawn, which takes a fraction of a second, and played back afterwards.
 With `options={"fused_norms": True}` torch's own RMS norm, one kernel instead of six, takes the place of the model's in
 recordings. It sums up in another order, which moves no id in fp32 but may where two logits are the same in bf16.
+
+With `options={"compiled_layers": True}` inductor makes few kernels of a decoder layer's many, and these are recorded.
+One graph is compiled for each shape and serves all layers: their weights and caches are its inputs. Inductor is told to
+round where the layer does; sums inside of a norm may be in another order, as above. A model whose layers cannot be
+compiled is recorded without, after a warning.
 """
 
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +62,7 @@ class ScaleGraphs:
     def __init__(self, language_model: PreTrainedModel, config: CompileConfig | None) -> None:
         self.language_model = language_model
         self.config = config or CompileConfig()
-        self.calls: dict[tuple[int, int], Callable] = {}
+        self.calls: dict[tuple[int, ...], Callable] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"calls": {}}  # a copy of the model compiles its own
@@ -80,6 +86,24 @@ def _own_function(language_model: PreTrainedModel) -> Callable:
     return step
 
 
+def _own_layer() -> Callable:
+    def step(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return type(layer).forward(layer, *args, **kwargs)
+
+    step.__code__ = step.__code__.replace()  # one for each shape, as for whole passes
+    return step
+
+
+def compile_as_eager(function: Callable) -> Callable:
+    """A function compiled by inductor for static shapes; calls raise where its graph would break.
+
+    In bf16 the kernels round where the function does, and no product with a weight takes another form (a bias added
+    afterwards, a padded shape). On a CPU torch 2.11 does not round so.
+    """
+    options = {"emulate_precision_casts": True, "pattern_matcher": False}
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
 def records(config: CompileConfig | None) -> bool:
     """Whether passes are recorded as CUDA graphs instead of compiled."""
     return config is not None and config.backend == "cudagraphs"
@@ -93,13 +117,17 @@ class RecordedScales(ScaleGraphs):
     nothing is recorded, and the pass is run again on the same fixed tensors. Weights that were put elsewhere are
     noticed; adapters that are switched off are not (`model._scale_graphs = None` forgets all recordings).
 
-    Attributes: `homes`, the latest first; `record`, which makes a graph of a function without arguments.
+    Attributes: `homes`, the latest first; `record`, which makes a graph of a function without arguments; `compile`,
+    which compiles a function; `calls`, the compiled decoder layer of each (rows, length, columns looked at, columns of
+    the cache); `compiles`, whether layers are compiled: wanted, and never failed.
     """
 
     def __init__(self, language_model: PreTrainedModel, config: CompileConfig | None) -> None:
         super().__init__(language_model, config)
         self.homes: list[Home] = []
         self.record: Callable = record_cuda_graph
+        self.compile: Callable = compile_as_eager
+        self.compiles = bool((self.config.options or {}).get("compiled_layers"))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"homes": []}
@@ -148,19 +176,36 @@ class RecordedScales(ScaleGraphs):
     def _recorded(self, home: "Home", limit: int, tensors: dict[str, torch.Tensor]) -> "Recording | None":
         """None if it cannot be done."""
         fused = bool((self.config.options or {}).get("fused_norms"))
-
         language_model, cache = self.language_model, home.cache
 
-        def run(places: torch.Tensor, **fixed: torch.Tensor) -> torch.Tensor:
+        def run(step: Callable | None, places: torch.Tensor, **fixed: torch.Tensor) -> torch.Tensor:
             write_to(cache, places, limit)
-            with fused_norms(language_model) if fused else nullcontext():
+            with (
+                torch.inference_mode(False),  # compiled functions are of one mode
+                torch.no_grad(),
+                fused_norms(language_model) if fused else nullcontext(),
+                layers_through(step, language_model) if step else nullcontext(),
+            ):
                 return language_model(**fixed, past_key_values=cache, use_cache=True).last_hidden_state
 
+        if self.compiles:
+            try:
+                return Recording(partial(run, self._step(cache, limit, tensors)), tensors, self.record)
+            except Exception as error:  # of the compiler, or of a layer that is not like others
+                _warn(f"layers could not be compiled to be recorded ({type(error).__name__}: {error})")
+                self.compiles = False
         try:
-            return Recording(run, tensors, self.record)
+            return Recording(partial(run, None), tensors, self.record)
         except Exception as error:  # of the driver, of the allocator, of a model that reads values on the host
             _warn(f"a scale could not be recorded as a CUDA graph ({type(error).__name__}: {error})")
             return None
+
+    def _step(self, cache: Cache, limit: int, tensors: dict[str, torch.Tensor]) -> Callable:
+        """One decoder layer, compiled for these shapes."""
+        key = *tensors["inputs_embeds"].shape[:2], limit, cache.layers[0].keys.shape[2]
+        if key not in self.calls:
+            self.calls[key] = self.compile(_own_layer())
+        return self.calls[key]
 
 
 class HomeLayer(StaticLayer):
@@ -283,6 +328,7 @@ def record_cuda_graph(run: Callable[[], torch.Tensor], device: torch.device) -> 
     for intermediate results; so two must not run at the same time.
     """
     if device.type != "cuda":
+        run()  # what cannot be done fails now
         return run
     with torch.cuda.device(device):
         stream = _streams.setdefault(device, torch.cuda.Stream())
@@ -328,6 +374,57 @@ def _is_plain_norm(module: nn.Module) -> bool:
 
 def _fused(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda hidden: norm.weight * F.rms_norm(hidden, hidden.shape[-1:], eps=norm.variance_epsilon)
+
+
+@contextmanager
+def layers_through(step: Callable, model: nn.Module) -> Iterator[None]:
+    """While inside, the decoder layers of a model are called as `step(layer, *args, **kwargs)`.
+
+    `past_key_values` is then the layer's own part of the cache, so that a compiled step is the same for all layers.
+
+    Raises:
+        ValueError: the model has no `layers`, they do not count as their cache does, or someone else calls them.
+        TypeError: when called, the cache is not passed as `past_key_values`.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError("the model has no list of layers")
+    for index, layer in enumerate(layers):
+        if {getattr(module, "layer_idx", index) for module in layer.modules()} != {index}:
+            raise ValueError(f"layer {index} writes to another part of the cache")
+        if "forward" in vars(layer):
+            raise ValueError(f"the forward pass of layer {index} has been replaced")
+    for index, layer in enumerate(layers):
+        layer.forward = _through(step, layer, index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _through(step: Callable, layer: nn.Module, index: int) -> Callable:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, Cache):
+            raise TypeError("decoder layers do not get their cache as past_key_values")
+        return step(layer, *args, **kwargs | {"past_key_values": OneLayer(cache.layers[index])})
+
+    return forward
+
+
+class OneLayer:
+    """A layer of a cache, called as the whole cache is; which one it is does not matter to a compiled graph."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values (R, heads, l, width); returns all that is looked at, (R, heads, limit, width)."""
+        # whoever looks at the number of the layer makes it a constant of the graph
+        return self.layer.update(key_states, value_states)
 
 
 def _warn(what: str) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from modeling_argenseg import VARTokenizerConfig
+from modeling_argenseg import VARTokenizerConfig, static_steps
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "gpu.py"
 
@@ -28,6 +29,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(cases, "VARTokenizerConfig", narrow)
     monkeypatch.setattr(sys.modules["benchmarks.modes"], "SEQUENTIAL_STEPS", 4)
     monkeypatch.setattr(script, "START", script.time.perf_counter())
+    cheap = partial(torch.compile, backend="eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr(static_steps, "compile_as_eager", cheap)
     return script
 
 
@@ -44,7 +47,8 @@ def test_all_steps_run(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     assert not [name for name in found if name.startswith(("failed", "skipped"))]
     assert found["recorded passes, and refused"] == [9, 0]  # of the last: two rows, images and prompts alike
     differ = {name: value for name, value in found.items() if "ids that" in name and "same" not in name}
-    assert len(differ) == 6 and set(differ.values()) == {0}
+    assert len(differ) == 10 and set(differ.values()) == {0}
+    assert found["compiled layers, and whether all could be"] == [9, True]
     rows = {row[0]: row[1:] for row in found["recorded: floor, with vision, prefill and decoder as they run"][1:]}
     assert rows["vision"][0] == rows["vision"][1] and rows["vision"][2] == 1
     parts = [rows[part] for part in gpu.PARTS]

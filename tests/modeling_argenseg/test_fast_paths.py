@@ -17,6 +17,7 @@ from tiny import left_padded
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
 from transformers import CompileConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_argenseg import ARGenSegForConditionalGeneration, static_steps
 from modeling_argenseg.static_steps import fused_norms
@@ -246,6 +247,53 @@ class NoHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def deeper(model: Any, count: int) -> Any:
+    """With so many layers; those that are added do little."""
+    text, layers = model.config.get_text_config(), model.model.language_model.layers
+    for index in range(len(layers), count):
+        layer = copy.deepcopy(layers[index % 2])
+        layer.self_attn.layer_idx = index
+        with torch.no_grad():
+            layer.self_attn.o_proj.weight *= 0.01
+            layer.mlp.down_proj.weight *= 0.01
+        layers.append(layer)
+    text.num_hidden_layers = count
+    return model
+
+
+def counts_graphs(model: Any, options: dict[str, Any]) -> list[Any]:
+    """Nothing has been recorded, and layers are compiled without a compiler. Filled with the graphs from now on."""
+    graphs: list[Any] = []
+
+    def counted(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model._scale_graphs = static_steps.RecordedScales(model.model.language_model, options["compile_config"])
+    model._scale_graphs.compile = lambda step: torch.compile(step, backend=counted, dynamic=False, fullgraph=True)
+    return graphs
+
+
+def refuses(step: Any) -> Any:
+    raise RuntimeError("no compiler")
+
+
+class AsksItsCache(LlamaDecoderLayer):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert kwargs["past_key_values"] is None or kwargs["past_key_values"].get_seq_length() >= 0
+        return super().forward(*args, **kwargs)
+
+
+class AnotherSignature(LlamaDecoderLayer):
+    """Called with its cache in another argument."""
+
+    def __call__(self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return super().__call__(hidden_states, layer_past=past_key_values, **kwargs)
+
+    def forward(self, hidden_states: torch.Tensor, layer_past: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, past_key_values=layer_past, **kwargs)
+
+
 class TestRecorded:
     """Everything but the recording itself: without a GPU, playing a graph is running it on its fixed tensors."""
 
@@ -335,6 +383,68 @@ class TestRecorded:
             calls = [norm(hidden) for norm in norms]
         for norm, found in zip(norms, calls, strict=True):
             torch.testing.assert_close(found, norm(hidden))
+
+    @pytest.mark.parametrize("scale_attention, fused", [("causal", False), ("block", True)])
+    def test_one_compiled_layer_for_all(self, toy_folder, inputs, options, scale_attention, fused) -> None:
+        model = deeper(load(toy_folder, "sdpa", scale_attention), 4)
+        options["compile_config"].options = {"compiled_layers": True, "fused_norms": fused}
+        pair = {name: value[[0, 4]] for name, value in inputs.items()}
+        longer = left_padded([single(inputs, 0)["input_ids"]], extra=100)
+        cases = [{**single(inputs, 0), **longer}, single(inputs, 0), single(inputs, 4), single(inputs, 3), pair]
+        plain = [answers(run(model, one), one) for one in cases]
+        graphs = counts_graphs(model, options)
+        found = []
+        for again in (False, True):
+            for one, expected in zip(cases, plain, strict=True):
+                with torch.inference_mode(again):
+                    assert answers(run(model, one, **options), one) == expected
+                found.append(len(graphs))
+        homes = model._scale_graphs.homes
+        assert not [graph for home in homes for graph in home.graphs.values() if graph is None]
+        recorded = {(id(home), *key[1:]) for home in homes for key in home.graphs}
+        assert len(graphs) == len(model._scale_graphs.calls) == len(recorded)
+        assert found == [3, 6, 6, 6, 9, 9, 9, 9, 9, 9], "lengths of scales, times the three shapes of caches"
+        assert copy.deepcopy(model)._scale_graphs.calls == {}
+        model._scale_graphs.homes = []  # what was compiled is kept
+        assert answers(run(model, cases[1], **options), cases[1]) == plain[1] and len(graphs) == found[-1]
+        assert not any("forward" in vars(module) for module in model.model.language_model.modules())
+
+    @pytest.mark.slow
+    def test_compiled_by_inductor(self, toy_folder, inputs, options) -> None:
+        model, alone = deeper(load(toy_folder), 3), single(inputs, 0)
+        plain = answers(run(model, alone), alone)
+        options["compile_config"].options = {"compiled_layers": True}
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        assert answers(run(model, alone, **options), alone) == plain
+        assert counters["stats"]["unique_graphs"] == len(SIZES) - 1 and not counters["graph_break"]
+        assert model._scale_graphs.compiles
+
+    @pytest.mark.parametrize(
+        "change, why",
+        [
+            (lambda layers, graphs: setattr(graphs, "compile", refuses), "RuntimeError: no compiler"),
+            (lambda layers, graphs: setattr(layers[1].mlp, "layer_idx", 0), "writes to another part"),
+            (lambda layers, graphs: setattr(layers[1], "forward", layers[1].forward), "has been replaced"),
+            (lambda layers, graphs: setattr(layers[1], "__class__", AsksItsCache), "no attribute 'get_seq_length'"),
+            (lambda layers, graphs: setattr(layers[1], "__class__", AnotherSignature), "as past_key_values"),
+        ],
+        ids=["compiler", "shared part", "own forward", "cache", "signature"],
+    )
+    def test_layers_that_cannot_be_compiled_are_recorded_as_they_are(
+        self, toy_folder, inputs, options, change, why
+    ) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        options["compile_config"].options = {"compiled_layers": True}
+        counts_graphs(model, options)
+        change(model.model.language_model.layers, model._scale_graphs)
+        plain = answers(run(model, alone), alone)
+        with pytest.warns(UserWarning) as warned:
+            assert answers(run(model, alone, **options), alone) == plain
+        (said,) = [str(one.message) for one in warned if "could not be compiled" in str(one.message)]
+        assert why in said
+        graphs = model._scale_graphs.homes[0].graphs
+        assert len(graphs) == len(SIZES) - 1 and None not in graphs.values()
 
     def test_weights_that_moved_are_recorded_anew(self, toy_folder, inputs, options) -> None:
         model, alone = load(toy_folder), single(inputs, 0)
