@@ -57,8 +57,7 @@ class CodeSearch:
         Both pictures are stretched and read like masks: white or not.
         """
         f_hat = self.f_coarse + self.quantizer.spread(codes_BlD, len(self.quantizer.patch_nums) - 1)
-        logits = SHARPNESS * stretched(self.decode(f_hat).float(), "bilinear")
-        wrong = F.binary_cross_entropy_with_logits(logits, self.white, reduction="none")
+        wrong = F.binary_cross_entropy_with_logits(edge_logits(self.decode(f_hat)), self.white, reduction="none")
         return F.avg_pool2d(wrong, STRETCH)[:, 0]
 
     def slope(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,9 +114,14 @@ class CodeSearch:
         return (APART * at[:, None] + at).flatten()
 
 
+def edge_logits(pictures: torch.Tensor) -> torch.Tensor:
+    """Logits of white (B, 1, STRETCH * H, STRETCH * W) of decoded pictures (B, C, H, W), read like masks."""
+    return SHARPNESS * stretched(pictures.float(), "bilinear")
+
+
 def stretched(pictures: torch.Tensor, mode: str) -> torch.Tensor:
     """The mean of the channels of pictures (B, C, H, W), `STRETCH` times as large (B, 1, STRETCH * H, STRETCH * W)."""
     return F.interpolate(pictures.mean(1, keepdim=True), scale_factor=STRETCH, mode=mode)
 
 
-__all__ = ["CodeSearch"]
+__all__ = ["CodeSearch", "edge_logits"]

@@ -43,12 +43,13 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         stem_channels: output channels of the first convolution (3 x 3, stride 2).
         stages: one `(kernel, stride, expansion, channels, repeats)` per stage of inverted residual blocks; the stride
             applies to the first block of the stage.
-        patch_size: pixels between neighbouring tokens. The trunk must go down to twice that stride: tokens are made
-            of the features at `patch_size` and of the up-sampled features at `2 * patch_size`.
-        image_size: pixels; must be divisible by `2 * patch_size`.
+        patch_size: pixels between neighbouring tokens.
+        image_size: pixels; must be divisible by `patch_size` and by the trunk's stride (32).
         feature_strides: strides of the trunk whose features make the tokens. Those coarser than `patch_size` are
             up-sampled, those finer folded (all cells below a token side by side), so that a token knows where in
-            its patch an edge lies. Default: `patch_size` and twice that.
+            its patch an edge lies; where these are not a power of two in a row, they are resampled to the next lower
+            one. So images of 384 pixels with patches of 24 need the same weights as 256 pixels with patches of 16.
+            Default: the trunk's stride and half of it.
         freeze_trunk: run the trunk without gradients, in evaluation mode, and mark its parameters as not trainable.
         use_mean_pooling: return the mean token as `pooler_output` (otherwise `None`).
     """
@@ -83,8 +84,6 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         if any(len(stage) != 5 or stage[1] not in (1, 2) for stage in self.stages):
             raise ValueError("each stage must be (kernel, stride 1 or 2, expansion, channels, repeats)")
         total_stride = 2 * prod(stage[1] for stage in self.stages)
-        if any(2 * size != total_stride for size in self.patch_size):
-            raise ValueError(f"patch_size must be half of the trunk's stride {total_stride}, got {self.patch_size}")
         if self.feature_strides is None:
             self.feature_strides = [total_stride // 2, total_stride]
         self.feature_strides = list(self.feature_strides)
@@ -93,6 +92,8 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
             raise ValueError(f"feature_strides must be some of the trunk's {strides}, got {self.feature_strides}")
         if any(size % total_stride for size in self.image_size):
             raise ValueError(f"image_size must be divisible by {total_stride}, got {self.image_size}")
+        if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
+            raise ValueError(f"image_size {self.image_size} must be divisible by patch_size {self.patch_size}")
 
 
 class EfficientNetLiteConv2d(nn.Conv2d):
@@ -205,8 +206,9 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
         self.grid_size = tuple(size // patch for size, patch in zip(config.image_size, config.patch_size, strict=True))
         self.trunk = EfficientNetLiteTrunk(config)
         patch = min(config.patch_size)
-        folds = [max(patch // stride, 1) for stride in config.feature_strides]
-        width = sum(count * fold**2 for count, fold in zip(self.trunk.out_channels, folds, strict=True))
+        # cells of each stride in a row below a token
+        self.folds = [2 ** max((patch // stride).bit_length() - 1, 0) for stride in config.feature_strides]
+        width = sum(count * fold**2 for count, fold in zip(self.trunk.out_channels, self.folds, strict=True))
         # the pretrained features are large (standard deviation 3 to 7): unscaled they would drown the positions
         self.feature_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.projection = nn.Linear(width, config.hidden_size)
@@ -238,21 +240,21 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
         pixel_values = pixel_values.to(self.trunk.stem.weight.dtype)
         with torch.no_grad() if self.config.freeze_trunk else nullcontext():
             found = self.trunk(pixel_values.contiguous(memory_format=torch.channels_last))
-            features_BCHW = torch.cat([self.to_grid(one) for one in found], dim=1)
+            grids = [self.to_grid(one, fold) for one, fold in zip(found, self.folds, strict=True)]
+            features_BCHW = torch.cat(grids, dim=1)
         features_BNC = features_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
         embeddings_BND = self.projection(self.feature_norm(features_BNC))
         if self.position_embeddings is not None:
             embeddings_BND = embeddings_BND + self.position_embeddings
         return self.dropout(embeddings_BND)
 
-    def to_grid(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, C, h, w) of any stride on the tokens' grid: (B, C', H / 16, W / 16)."""
-        fold = features.shape[-1] // self.grid_size[1]
-        if fold > 1:
-            return F.pixel_unshuffle(features, fold)
-        if fold == 1:
-            return features
-        return F.interpolate(features, size=self.grid_size, mode="bilinear", align_corners=False).to(features.dtype)
+    def to_grid(self, features: torch.Tensor, fold: int) -> torch.Tensor:
+        """Features (B, C, h, w) of any stride on the tokens' grid: (B, fold * fold * C, rows, columns)."""
+        size = tuple(fold * side for side in self.grid_size)
+        if tuple(features.shape[-2:]) != size:
+            resized = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+            features = resized.to(features.dtype)
+        return F.pixel_unshuffle(features, fold) if fold > 1 else features
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -263,7 +265,8 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
             pixel_values: (B, 3, H, W), normalised with the mean and standard deviation of ImageNet.
 
         Returns:
-            `last_hidden_state` (B, N, D) with N = H / 16 * W / 16 tokens row by row, and `pooler_output` (B, D).
+            `last_hidden_state` (B, N, D) with N = H / P * W / P tokens row by row, P the
+            `patch_size`, and `pooler_output` (B, D).
         """
         hidden_states_BND = self.embed(pixel_values)
         for layer in self.layers:
