@@ -233,6 +233,7 @@ def load_or_build(
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
+        model.model.vlm.vision_tower.trunk.requires_grad_(not recipe.freeze_trunk)
         if recipe.image_size is not None:
             look_closer(model, processor, recipe.image_size)
         model.config.visual_loss, model.config.visual_loss_weight = recipe.visual_loss, recipe.visual_loss_weight

@@ -235,6 +235,15 @@ def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, t
     assert list(second) == [1, 2] and second[1] < first[1]  # its text is learned already
 
 
+def test_a_trunk_that_was_kept_learns_where_the_next_run_says_so(whole_run, bank_folder, tokenizer_folder):
+    for frozen in (False, True):
+        options = dict(start_from=str(whole_run), freeze_trunk=frozen, image_size=128)
+        model, _ = load_or_build(tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, **options), None)
+        trunk = model.train().model.vlm.vision_tower.trunk
+        assert {parameter.requires_grad for parameter in trunk.parameters()} == {not frozen}
+        assert model.config.vlm_config.vision_config.image_size == [128, 128]
+
+
 def test_what_makes_the_image_tokens_can_be_kept_as_it_is(whole_run, bank_folder, tokenizer_folder, tmp_path):
     options = dict(freeze_vision=True, mask_region_weight=0.5, slips=1, schedule="names", expressions_per_scene=2)
     run(*command(bank_folder, tokenizer_folder, tmp_path, start_from=whole_run, max_steps=2, **options))
