@@ -85,7 +85,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", help="default: the task's first one")
     add(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="another setting of the task's reader, "
-        "such as preset=easy for scenes; results say so (may be given several times)",
+        "such as preset=easy or preset=easy+full for scenes; results say so (may be given several times)",
     )  # fmt: skip
 
 

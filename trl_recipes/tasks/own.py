@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
+from ..scenes import SceneBank, SceneDataset, flat_expressions
 from .samples import Sample, Samples, open_mask, open_rgb
 from .task import MissingData, Source
 
@@ -15,12 +15,13 @@ PER_SCENE = 4  # most questions about one scene
 
 
 def read_scenes(source: Source) -> Samples:
-    """Expressions of composed scenes that depend on seed and preset alone; the split is that of the bank."""
+    """Expressions of composed scenes that depend on seed and preset alone; the split is that of the bank. Presets
+    joined by "+" take turns, scene by scene."""
     options = source.options
     count = int(options["expressions"])
     bank = SceneBank.from_folder(source.root, source.split)
-    config = SceneConfig.preset(options["preset"])
-    flat = flat_expressions(SceneDataset(bank, config, int(options["seed"]), count), count)
+    scenes = SceneDataset(bank, seed=int(options["seed"]), length=count, schedule=[(0, options["preset"])])
+    flat = flat_expressions(scenes, count)
     per_scene = flat.dataset.expressions_per_scene
 
     def make(place: int) -> Sample:
@@ -48,9 +49,8 @@ def read_scene_questions(source: Source) -> Samples:
     options = source.options
     wanted = int(options["questions"])
     bank = SceneBank.from_folder(source.root, source.split)
-    dataset = SceneDataset(
-        bank, SceneConfig.preset(options["preset"]), int(options["seed"]), wanted, questions_per_scene=PER_SCENE
-    )
+    seed, schedule = int(options["seed"]), [(0, options["preset"])]
+    dataset = SceneDataset(bank, seed=seed, length=wanted, schedule=schedule, questions_per_scene=PER_SCENE)
     image_of = lru_cache(maxsize=2)(lambda number: dataset.scene(number)[0].image)
     samples: list[Sample] = []
     with tqdm(total=wanted, desc="composing questions", unit="question", leave=False) as bar:

@@ -181,6 +181,17 @@ def test_scenes_depend_on_seed_and_preset_alone(bank_folder):
     assert first[0].group == first[3].group != first[4].group
 
 
+def test_presets_joined_by_a_plus_take_turns(bank_folder):
+    def masks(preset: str) -> list[np.ndarray]:
+        options = {"preset": preset, "seed": 5, "expressions": 8}
+        source = open_source(load_task("scenes"), bank_folder, split="val", options=options)
+        return [sample.load_mask() for sample in read_samples(source)]
+
+    easy, medium, both = masks("easy"), masks("medium"), masks("easy+medium")
+    assert all(np.array_equal(a, b) for a, b in zip(both, easy[:4] + medium[4:], strict=True))  # four a scene
+    assert not all(np.array_equal(a, b) for a, b in zip(easy, medium, strict=True))
+
+
 def test_questions_are_about_the_scenes_of_the_other_task(bank_folder):
     options = {"preset": "easy", "seed": 5}
     source = open_source(load_task("scenes-vqa"), bank_folder, split="val", options={**options, "questions": 9})
