@@ -5,6 +5,7 @@ The model has learned its answers (see toy.py), so that drafts are kept, cut and
 
 import copy
 import threading
+import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -567,11 +568,16 @@ class TestPreviews:
 
     def test_a_listener_may_leave(self, toy_folder, processor, inputs) -> None:
         model, threads = load(toy_folder), set(threading.enumerate())
-        lengths = passes(model)
+        lengths, begun = passes(model), 0
+        model.model.language_model.register_forward_pre_hook(
+            lambda *_: time.sleep(0.05)
+        )  # so that who listens keeps up
         for partial in model.stream(**single(inputs, 0), picture_answer_ids=processor.picture_answer_ids):
             if partial.scale == 2:
+                begun = len(lengths)
                 break
-        assert set(threading.enumerate()) <= threads and len(lengths) == 3
+        assert set(threading.enumerate()) <= threads
+        assert 2 <= begun <= len(lengths) <= begun + 1  # the pass that was under way is the last
 
     def test_errors_reach_the_listener(self, toy_folder, inputs) -> None:
         with pytest.raises(ValueError, match="must be one of"):
