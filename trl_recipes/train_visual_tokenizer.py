@@ -9,6 +9,10 @@ would chase each other, and grow), those that nothing uses are moved to where th
 That can be repeated (`--decoder_only`) without touching models trained on the codes; with `--search_steps` the decoder
 sees every second mask as the tokens that are found by trying them out, as `VARTokenizer.encode` does it.
 
+`--codes keep` or `follow` goes on with encoder and decoder and the codes of `--start_from`, and `--edge_weight` with
+what counts in the end: pictures read like masks. Give `--commitment_weight 40` with it: edges have steep gradients, and
+with a weaker pull the latents leave their codes.
+
 What it watches beside reconstruction is *predictability*: a language model spends its capacity on every token that is
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
 get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
