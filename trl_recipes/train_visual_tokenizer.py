@@ -161,9 +161,9 @@ def edge_loss(pictures: torch.Tensor, white: torch.Tensor, counted: torch.Tensor
     The first is what is asked for; where a pixel is plainly wrong its slope is nothing, and the second has one.
     """
     logits, white = edge_logits(pictures), white.float()
-    area = white.sum((1, 2, 3))
-    both = (logits.sigmoid() * white).sum((1, 2, 3))
-    either = logits.sigmoid().sum((1, 2, 3)) + area - both
+    share, area = logits.sigmoid(), white.sum((1, 2, 3))
+    both = (share * white).sum((1, 2, 3))
+    either = share.sum((1, 2, 3)) + area - both
     least = LEAST_AREA * white[0].numel()
     entropy = F.binary_cross_entropy_with_logits(logits, white, reduction="none").sum((1, 2, 3))
     losses = 1 - (both + 1) / (either + 1) + ENTROPY_SHARE * entropy / area.clamp(min=least)
@@ -246,9 +246,8 @@ class TokenizerTrainer(Trainer):
             scales = self.num_scales_at(step, len(pixels)).to(latent.device)
             complete = scales == len(coded.f_hats)
             for count, f_hat in list(enumerate(coded.f_hats, 1))[:-1]:
-                drawn = torch.where(
-                    (scales == count)[:, None, None, None], f_hat, drawn
-                )  # which says nothing about the latent: no gradient
+                fewer = (scales == count)[:, None, None, None]
+                drawn = torch.where(fewer, f_hat, drawn)  # which says nothing about the latent: no gradient
             if phase == "joint":
                 commitment = F.mse_loss(latent, whole)
                 if self.recipe.codes != "keep":
@@ -353,6 +352,8 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
 def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
+    if recipe.edge_weight and recipe.photos:
+        raise ValueError("--edge_weight is for masks, which have edges: leave --photos out")
     if (recipe.codes != "new" or recipe.decoder_only) and recipe.start_from is None:
         raise ValueError("--codes keep or follow, and --decoder_only, go on from a tokenizer: give --start_from")
     if recipe.codes != "new" and recipe.autoencoder_steps:

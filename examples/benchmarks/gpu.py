@@ -147,22 +147,25 @@ def times(run: Callable[[], Any], device: torch.device, count: int, warm: int = 
     return found
 
 
+def as_recorded(**options: bool) -> dict[str, Any]:
+    """Options of `generate` for passes that are recorded, on a CPU as well."""
+    config = CompileConfig(backend="cudagraphs", options=options or None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
 class Measurement:
     """All steps, on one model. `ways` are the options of `generate` for each way of drawing."""
 
     def __init__(self, report: Report, args: argparse.Namespace) -> None:
         self.report, self.args = report, args
         self.device = torch.device(args.device)
-        recorded = CompileConfig(backend="cudagraphs")
-        fused = CompileConfig(backend="cudagraphs", options={"fused_norms": True})
-        layers = CompileConfig(backend="cudagraphs", options={"compiled_layers": True})
-        recorded._compile_all_devices = fused._compile_all_devices = layers._compile_all_devices = True
         self.ways: dict[str, dict[str, Any]] = {
             "plain": {},
             "static": {"cache_implementation": "static", "disable_compile": True},
-            "recorded": {"cache_implementation": "static", "compile_config": recorded},
-            "fused": {"cache_implementation": "static", "compile_config": fused},
-            "layers": {"cache_implementation": "static", "compile_config": layers},
+            "recorded": as_recorded(),
+            "fused": as_recorded(fused_norms=True),
+            "layers": as_recorded(compiled_layers=True),
         }
         self.case: cases.Case
         self.totals: dict[str, float] = {}
@@ -465,42 +468,38 @@ class Measurement:
 
     def tiny_compiled(self) -> None:
         """The default of `cache_implementation="static"` on a GPU: torch.compile, one graph a scale."""
-        if self.device.type != "cuda":
-            self.report.add("tiny, compiled", "only on a GPU")
+        self.ways["compiled"] = {"cache_implementation": "static"}
+        if not self.tiny_by_compiler("compiled"):
             return
+        self.case.prompts = self.case.prompts[1:]  # of another length
+        differ = int((self.ours("compiled") != self.ours("plain")).sum())
+        self.report.add("tiny, compiled: ids that differ for another prompt", differ)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        self.report.add("tiny, compiled: graphs after all that", graphs)
+
+    def tiny_layers(self) -> None:
+        """Recorded over compiled layers: one graph for each shape."""
+        if self.tiny_by_compiler("layers"):
+            self.say_what_was_recorded()
+
+    def tiny_by_compiler(self, way: str) -> bool:
+        """The small model in fp32, in a way that takes a compiler: the same ids, from how many graphs. False where it
+        cannot be measured."""
+        if self.device.type != "cuda":
+            self.report.add(f"tiny, {way}", "only on a GPU")
+            return False
         counters = torch._dynamo.utils.counters
         counters.clear()
         self.case = cases.build("tiny", self.args.device, torch.float32)
         self.case.model._scale_graphs = None
-        self.ways["compiled"] = {"cache_implementation": "static"}
         begin, plain = now(self.device), self.ours("plain")
-        differ = int((self.ours("compiled") != plain).sum())
-        self.report.add("tiny, compiled: first run, s", now(self.device) - begin)
-        self.report.add("tiny, compiled: ids that differ from the plain way's", differ)
-        self.report.add("tiny, compiled: graphs", counters["stats"]["unique_graphs"])
-        taken = statistics.median(times(lambda: self.ours("compiled"), self.device, 7, warm=3))
-        self.report.add("tiny, compiled: ms a mask", taken)
-        self.case.prompts = self.case.prompts[1:]  # of another length
-        differ = int((self.ours("compiled") != self.ours("plain")).sum())
-        self.report.add("tiny, compiled: ids that differ for another prompt", differ)
-        self.report.add("tiny, compiled: graphs after all that", counters["stats"]["unique_graphs"])
-
-    def tiny_layers(self) -> None:
-        """Recorded over compiled layers, in fp32: the same ids, from one graph for each shape."""
-        if self.device.type != "cuda":
-            self.report.add("tiny, layers", "only on a GPU")
-            return
-        counters = torch._dynamo.utils.counters
-        counters.clear()
-        self.case = cases.build("tiny", self.args.device, torch.float32)
-        begin, plain = now(self.device), self.ours("plain")
-        differ = int((self.ours("layers") != plain).sum())
-        self.report.add("tiny, layers: first run, s", now(self.device) - begin)
-        self.report.add("tiny, layers: ids that differ from the plain way's", differ)
-        self.report.add("tiny, layers: graphs", counters["stats"]["unique_graphs"])
-        self.say_what_was_recorded()
-        taken = statistics.median(times(lambda: self.ours("layers"), self.device, 7))
-        self.report.add("tiny, layers: ms a mask", taken)
+        differ = int((self.ours(way) != plain).sum())
+        self.report.add(f"tiny, {way}: first run, s", now(self.device) - begin)
+        self.report.add(f"tiny, {way}: ids that differ from the plain way's", differ)
+        self.report.add(f"tiny, {way}: graphs", counters["stats"]["unique_graphs"])
+        taken = statistics.median(times(lambda: self.ours(way), self.device, 7, warm=3))
+        self.report.add(f"tiny, {way}: ms a mask", taken)
+        return True
 
 
 def make_parser() -> argparse.ArgumentParser:

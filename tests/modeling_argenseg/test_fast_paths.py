@@ -569,9 +569,8 @@ class TestPreviews:
     def test_a_listener_may_leave(self, toy_folder, processor, inputs) -> None:
         model, threads = load(toy_folder), set(threading.enumerate())
         lengths, begun = passes(model), 0
-        model.model.language_model.register_forward_pre_hook(
-            lambda *_: time.sleep(0.05)
-        )  # so that who listens keeps up
+        # who listens keeps up
+        model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
         for partial in model.stream(**single(inputs, 0), picture_answer_ids=processor.picture_answer_ids):
             if partial.scale == 2:
                 begun = len(lengths)

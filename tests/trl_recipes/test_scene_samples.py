@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from modeling_argenseg.code_search import edge_logits
 from trl_recipes.scene_samples import (
     ABSENT,
     PictureEncoder,
@@ -211,9 +212,7 @@ def test_searched_tokens_are_nearer_to_the_masks_and_mend_slips_too(parts, sampl
 
     def error(ids):
         *_, f_hat = tokenizer.quantize.accumulate(ids)
-        drawn = tokenizer.decode_latent(f_hat).mean(1, keepdim=True)
-        drawn = F.interpolate(drawn, scale_factor=2, mode="bilinear")
-        return F.binary_cross_entropy_with_logits(16 * drawn, white).item()
+        return F.binary_cross_entropy_with_logits(edge_logits(tokenizer.decode_latent(f_hat)), white).item()
 
     plain, searched = (PictureEncoder(processor, search_steps=steps).encode(masks) for steps in (0, 16))
     assert torch.equal(*searched) and torch.equal(searched[0][:, :21], plain[0][:, :21])

@@ -377,10 +377,11 @@ def test_encoder_and_decoder_can_go_on_with_the_codes_they_have(trained, bank_fo
     [
         ({"codes": "keep", "autoencoder_steps": 0}, "--start_from"),
         ({"decoder_only": True}, "--start_from"),
+        ({"edge_weight": 1.0, "photos": "."}, "leave --photos out"),
         ({"codes": "follow", "start_from": "somewhere"}, "--autoencoder_steps 0"),
     ],
 )
-def test_going_on_needs_something_to_go_on_from(bank_folder, tmp_path, recipe, told):
+def test_options_that_do_not_go_together_are_refused(bank_folder, tmp_path, recipe, told):
     with pytest.raises(ValueError, match=told):
         run(bank_folder, tmp_path, recipe)
 
