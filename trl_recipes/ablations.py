@@ -100,7 +100,8 @@ def main(options: list[str], ablations: AblationArguments, recipe: SceneArgument
         if not (folder / "processor_config.json").exists():  # the last that a run writes
             print(f"== {name}", flush=True)
             command = [sys.executable, "-m", "trl_recipes.train_scenes", *options, "--output_dir", str(folder)]
-            subprocess.run([*command, *VARIANTS[name].split()], check=True)
+            if subprocess.run([*command, *VARIANTS[name].split()], check=False).returncode:
+                raise SystemExit(f"error: the run {name!r} failed; finished runs are kept: give the command again")
         result = folder / "held_out.json"
         if not result.exists():
             result.write_text(json.dumps(held_out(folder, recipe, ablations.validation_scenes)))

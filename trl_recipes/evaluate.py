@@ -25,7 +25,6 @@ formed by the order of sample ids, whoever answers them, and scores are computed
 
 import argparse
 import json
-import re
 import shutil
 import sys
 import time
@@ -41,6 +40,7 @@ from accelerate.utils import parse_flag_from_env
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
+from .command_line import check_model_name
 from .evaluation.gallery import write_gallery
 from .evaluation.predictions import ModelPredictor, predict
 from .evaluation.report import check_settings, commit, fingerprint, hash_texts, versions, write_settings
@@ -169,10 +169,9 @@ def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Model and processor of a folder or Hub name; checkpoints as released are read as they are.
 
     Raises:
-        ValueError: there is no such folder, and the name has not the form OWNER/NAME of the Hub.
+        ValueError: there is no such model, see `check_model_name`.
     """
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ValueError(f"no model folder {name!r}, and no name of the form OWNER/NAME on the Hub")
+    check_model_name(name)
     model = ARGenSegForConditionalGeneration.from_pretrained(name, dtype=dtype)
     processor = ARGenSegProcessor.from_pretrained(name)
     if processor.visual_tokenizer is not None:

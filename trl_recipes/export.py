@@ -19,6 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
+from .command_line import check_model_name, errors_in_a_line
+
 
 def store_in_half(path: Path, exact: str) -> None:
     """Rewrites a safetensors file in fp16; tensors with `exact` in their name only where that changes no number.
@@ -59,7 +61,12 @@ def export(
     picture_logit_adjustment: float | None = None,
     search_steps: int | None = None,
 ) -> Path:
-    """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`."""
+    """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`.
+
+    Raises:
+        ValueError: there is no such model, or its weights do not fit into half precision.
+    """
+    check_model_name(str(source))
     output = Path(output)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(source)
@@ -89,9 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    folder = export(args.model, args.output, args.picture_logit_adjustment, args.search_steps)
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    with errors_in_a_line():
+        folder = export(args.model, args.output, args.picture_logit_adjustment, args.search_steps)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")

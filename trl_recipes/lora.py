@@ -27,6 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 import modeling_argenseg  # registers the Auto classes
 
 from .adapters import AdapterSizes, add_adapters, lora_config
+from .command_line import check_model_name, errors_in_a_line
 from .drawing_trainer import DrawingTrainer
 from .export import set_picture_options
 from .help_format import Help
@@ -148,8 +149,9 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     """Model in single precision, and its processor.
 
     Raises:
-        ValueError: another kind of model, or one without its visual tokenizer.
+        ValueError: there is no such model, it is of another kind, or without its visual tokenizer.
     """
+    check_model_name(recipe.model)
     processor = AutoProcessor.from_pretrained(recipe.model)
     model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
     check_model(recipe.model, model, processor)
@@ -305,10 +307,8 @@ def make_parser() -> HfArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
+    with errors_in_a_line():
         trainer, _ = prepare(*make_parser().parse_args_into_dataclasses(arguments))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     report(trainer, train(trainer))
 
 

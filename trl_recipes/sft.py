@@ -37,6 +37,7 @@ from trl import (
 )
 
 from .adapters import lora_config
+from .command_line import check_model_name, errors_in_a_line
 from .learning_curve import learning_curve
 from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics, report, save_merged, show_metrics
 from .mask_data import MaskCollator, tokenise_masks
@@ -63,11 +64,12 @@ def load_model(args: ModelConfig) -> tuple[Any, Any]:
     """Model and processor.
 
     Raises:
-        ValueError: no name is given, another kind of model, or one without its visual tokenizer.
+        ValueError: no name is given, there is no such model, it is of another kind, or without its visual tokenizer.
     """
     name = args.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model_name_or_path, a folder or a Hub name")
+    check_model_name(name)
     processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
     model = AutoModelForImageTextToText.from_pretrained(
         name,
@@ -170,10 +172,8 @@ def make_parser() -> TrlParser:
 
 def main(arguments: list[str] | None = None) -> None:
     recipe, training, model_args = make_parser().parse_args_and_config(arguments)
-    try:
+    with errors_in_a_line():
         trainer = prepare(recipe, training, model_args)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
     report(trainer, train(trainer))
 
 

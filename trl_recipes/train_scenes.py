@@ -28,6 +28,7 @@ from modeling_argenseg import (
 from processing import ARGenSegProcessor
 
 from .clock import Clock
+from .command_line import check_model_name, errors_in_a_line
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
@@ -225,10 +226,12 @@ def curriculum(presets: list[str], total: int) -> list[tuple[int, str]]:
 def load_or_build(
     recipe: SceneArguments, scenes: SceneDataset
 ) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
+    check_model_name(recipe.visual_tokenizer)
     if recipe.start_from is None:
         processor = build_processor(recipe, scenes)
         model = build_model(recipe, processor)
     else:
+        check_model_name(recipe.start_from)
         processor = ARGenSegProcessor.from_pretrained(recipe.start_from)
         model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
@@ -244,10 +247,14 @@ def load_or_build(
     return model, processor
 
 
-def main(recipe: SceneArguments, training: TrainingArguments) -> None:
+def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer:
+    """Scenes, model and trainer.
+
+    Raises:
+        ValueError: the bank, a folder or an option is at fault.
+    """
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
-    output = Path(training.output_dir)
     torch.manual_seed(training.seed)
     bank = SceneBank.from_folder(recipe.bank, "train")
     if training.dataloader_num_workers:
@@ -272,7 +279,8 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         test = SceneBank.from_folder(recipe.bank, "val")
         held_out = SceneDataset(test, SceneConfig.preset(recipe.eval_preset), 1, recipe.eval_expressions, per_scene)
         validation = flat_expressions(held_out, recipe.eval_expressions)
-    trainer = SceneTrainer(
+    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
+    return SceneTrainer(
         model=model,
         args=training,
         train_dataset=samples,
@@ -285,11 +293,16 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
         recipe=recipe,
         words=words,
     )
-    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
+
+
+def main(recipe: SceneArguments, training: TrainingArguments) -> None:
+    output = Path(training.output_dir)
+    with errors_in_a_line():
+        trainer = prepare(recipe, training)
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     trainer.save_model(output)
-    processor.save_pretrained(output)
+    trainer.processor.save_pretrained(output)
 
 
 def compile_layers(model: ARGenSegForConditionalGeneration) -> None:

@@ -36,6 +36,7 @@ from modeling_argenseg.code_search import STRETCH, edge_logits
 
 from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
+from .command_line import check_model_name, errors_in_a_line
 from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
@@ -323,6 +324,7 @@ def round_to_half(model: VARTokenizer) -> None:
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
+        check_model_name(recipe.start_from)
         if recipe.decoder_only or recipe.codes != "new":
             return VARTokenizer.from_pretrained(recipe.start_from)
         model = VARTokenizer.from_pretrained(recipe.start_from)
@@ -349,7 +351,12 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
     )
 
 
-def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
+def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> TokenizerTrainer:
+    """Masks, tokenizer and trainer.
+
+    Raises:
+        ValueError: the bank, a folder or an option is at fault, or options do not go together.
+    """
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
     if recipe.edge_weight and recipe.photos:
@@ -383,7 +390,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     if recipe.search_steps:
         model.to(training.device)
         tokens = searched_tokens(model.eval(), pictures, recipe.search_steps, output / "searched_tokens.npy")
-    trainer = TokenizerTrainer(
+    return TokenizerTrainer(
         model=model,
         args=training,
         train_dataset=indices,
@@ -393,10 +400,16 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
         pictures=pictures,
         tokens=tokens,
     )
+
+
+def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
+    output = Path(training.output_dir)
+    with errors_in_a_line():
+        trainer = prepare(recipe, training)
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    round_to_half(model)
+    round_to_half(trainer.model)
     trainer.evaluate()
-    model.save_pretrained(output)
+    trainer.model.save_pretrained(output)
 
 
 def make_parser() -> HfArgumentParser:

@@ -382,7 +382,7 @@ def test_encoder_and_decoder_can_go_on_with_the_codes_they_have(trained, bank_fo
     ],
 )
 def test_options_that_do_not_go_together_are_refused(bank_folder, tmp_path, recipe, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(SystemExit, match=told):
         run(bank_folder, tmp_path, recipe)
 
 
@@ -441,7 +441,7 @@ def test_a_search_that_was_stopped_finds_what_is_missing(trained, tmp_path, monk
 
 @pytest.mark.parametrize("recipe", [{}, {"decoder_only": True, "photos": "."}])
 def test_searching_is_for_masks_and_the_decoder(bank_folder, tmp_path, recipe):
-    with pytest.raises(ValueError, match="goes with --decoder_only"):
+    with pytest.raises(SystemExit, match="goes with --decoder_only"):
         run(bank_folder, tmp_path, {"search_steps": 4} | recipe)
 
 

@@ -1,0 +1,94 @@
+"""A mistyped folder is told in one line by every command that takes a model."""
+
+import pytest
+
+from examples.benchmarks import previews
+from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, train_scenes, train_visual_tokenizer
+from trl_recipes.command_line import check_model_name, errors_in_a_line
+
+
+def run_evaluate(model, bank, output):
+    evaluate.main(["--model", model, "--task", "scenes", "--data", bank, "--output", output])
+
+
+def run_export(model, bank, output):
+    export.main(["--model", model, "--output", output])
+
+
+def run_lora(model, bank, output):
+    lora.main(["--model", model, "--data", bank, "--output", output])
+
+
+def run_naming(model, bank, output):
+    naming.main(naming.make_parser().parse_args(["--model", model, "--bank", bank]))
+
+
+def run_previews(model, bank, output):
+    previews.main(["--model", model, "--bank", bank])
+
+
+def run_reconstruction(model, bank, output):
+    reconstruction.main(["--model", model, "--task", "scenes", "--data", bank])
+
+
+def run_sft(model, bank, output):
+    sft.main(["--model_name_or_path", model, "--data", bank, "--output_dir", output, "--use_cpu", "True"])
+
+
+def run_train_scenes(model, bank, output, **changes):
+    options = {"bank": bank, "output_dir": output, "max_steps": 4, "use_cpu": True} | changes
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    train_scenes.main(*train_scenes.make_parser().parse_args_into_dataclasses(words))
+
+
+def run_train_scenes_on_a_tokenizer(model, bank, output):
+    run_train_scenes(model, bank, output, visual_tokenizer=model)
+
+
+def run_train_scenes_from_a_model(model, bank, output):
+    run_train_scenes(model, bank, output, visual_tokenizer="hub_cards/argenseg-tiny/visual_tokenizer", start_from=model)
+
+
+def run_train_visual_tokenizer(model, bank, output):
+    words = ["--bank", bank, "--output_dir", output, "--start_from", model, "--max_steps", "4", "--use_cpu", "True"]
+    train_visual_tokenizer.main(*train_visual_tokenizer.make_parser().parse_args_into_dataclasses(words))
+
+
+COMMANDS = [
+    run_evaluate,
+    run_export,
+    run_lora,
+    run_naming,
+    run_previews,
+    run_reconstruction,
+    run_sft,
+    run_train_scenes_on_a_tokenizer,
+    run_train_scenes_from_a_model,
+    run_train_visual_tokenizer,
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistyped_model_is_told_in_a_line(command, bank_folder, tmp_path):
+    with pytest.raises(SystemExit, match="error: no model folder 'hub_cards/argenseg/tiny'"):
+        command("hub_cards/argenseg/tiny", str(bank_folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", [run_naming, run_previews])
+def test_so_is_a_mistyped_bank(command, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*sprites\.parquet"):
+        command("hub_cards/argenseg-tiny", str(tmp_path / "bank"), str(tmp_path / "out"))
+
+
+def test_a_folder_without_a_model_is_not_taken_for_one(tmp_path):
+    with pytest.raises(ValueError, match="holds no model: it has no config.json"):
+        check_model_name(str(tmp_path))
+
+
+def test_names_of_the_hub_pass():
+    check_model_name("inclusionAI/ARGenSeg-8B")
+
+
+def test_only_what_is_wrong_with_the_input_loses_its_traceback():
+    with pytest.raises(RuntimeError), errors_in_a_line():
+        raise RuntimeError("a fault of the program")
