@@ -1,6 +1,7 @@
 """Debian and npm packages of a few kilobytes, laid out like the ones that the bank of cut-outs is built from."""
 
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from trl_recipes.bank_building import tables
+from trl_recipes.bank_building.sources import DRAWN_SETS
 
 STAMPS = "usr/share/tuxpaint/stamps/"
 RIGHTS = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -129,6 +131,29 @@ def some_emoji() -> list[str]:
     return list(tables.emoji())[:5]
 
 
+def drawn_emoji() -> list[str]:
+    """Two emoji for training and one for tests."""
+    splits = tables.splits()
+    trained = [code for code in tables.emoji() if splits[f"fl:{code}"] == "train" and "-fe0f" in code][:2]
+    return [*trained, next(code for code in tables.emoji() if splits[f"fl:{code}"] == "test")]
+
+
+def drawn_set(name: str) -> dict[str, bytes]:
+    """Squares in a set's own size; the second is an alias and cannot be drawn in the set "noto"."""
+    square = '<path fill="#1e28dc" d="M4 4h24v12H4z"/>'
+    first, second, tested = drawn_emoji()
+    icons = {"a-square": {"body": square}, "other": {"body": square if name != "noto" else "<path", "width": 40}}
+    return {
+        "icons.json": json.dumps(
+            {"icons": icons, "aliases": {"alias": {"parent": "other", "hFlip": True}}, "width": 32, "height": 32}
+        ).encode(),
+        "chars.json": json.dumps(
+            {first.replace("-fe0f", ""): "a-square", second: "alias", tested: "a-square"}
+        ).encode(),
+        "info.json": json.dumps({"author": {"name": f"Maker of {name}"}, "license": {"title": "CC BY 4.0"}}).encode(),
+    }
+
+
 def some_models() -> list[str]:
     return list(tables.furniture())[:3]
 
@@ -137,6 +162,8 @@ def write_packages(folder: Path) -> Path:
     """Archives of every source, with a few of the files that the tables name; the second model has no surface."""
     emoji = {f"assets/{code}.webp": cut_out_bytes("WEBP", (30, 40, 220)) for code in some_emoji()}
     write_npm(folder / "lobehub-fluent-emoji-3d-1.1.0.tgz", {"package.json": b"{}", **emoji})
+    for name, package in DRAWN_SETS.items():
+        write_npm(folder / f"{package[1:].replace('/', '-')}-1.2.0.tgz", drawn_set(name))
     stamps = {f"{STAMPS}{name}.png": cut_out_bytes() for name in some_stamps()}
     stamps[f"{STAMPS}{some_stamps()[0]}.png"] = b"no picture"
     rights = RIGHTS.format(file="none").encode()

@@ -18,6 +18,7 @@ from .pictures import backdrop, color_name, cut_out, encode
 Row = dict[str, Any]
 STAMPS = "usr/share/tuxpaint/stamps/"
 DOC = "usr/share/doc/"
+DRAWN_SETS = {name: f"@iconify-json/{name}" for name in ("noto", "twemoji", "openmoji", "fluent-emoji-flat")}
 UNREADABLE = (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -49,7 +50,13 @@ class Source:
 
 
 def sprite_row(
-    picture: Image.Image, noun: str, identity: str, src: str, origin: tuple[str, str, str], photo: bool
+    picture: Image.Image,
+    noun: str,
+    identity: str,
+    src: str,
+    origin: tuple[str, str, str],
+    photo: bool,
+    split: str | None = None,
 ) -> Row:
     """A row of sprites.parquet for a picture that is cut out already.
 
@@ -60,6 +67,7 @@ def sprite_row(
         src: the source's short name.
         origin: file, author, licence.
         photo: True for a photograph.
+        split: default: what the tables say of the identity.
     """
     known = tables.nouns()[noun]
     return {
@@ -72,7 +80,7 @@ def sprite_row(
         "photo": photo,
         "src": src,
         "id": identity,
-        "split": tables.splits()[identity],
+        "split": split or tables.splits()[identity],
         **dict(zip(("file", "author", "lic"), origin, strict=True)),
     }
 
@@ -85,7 +93,7 @@ def emoji_rows(work: Workplace) -> Iterator[Row]:
         try:
             picture = cut_out(Image.open(path))
         except UNREADABLE as error:
-            work.problems.append(f"{path.name}: {_reason(error)}")
+            work.problems.append(f"{path.name}: {reason(error)}")
             continue
         origin = (f"assets/{path.name}", "Microsoft (Fluent Emoji), packaged by LobeHub", "MIT")
         yield sprite_row(picture, noun, f"fl:{code}", "fluent", origin, photo=False)
@@ -100,7 +108,7 @@ def stamp_rows(work: Workplace) -> Iterator[Row]:
         try:
             picture = cut_out(Image.open(path))
         except UNREADABLE as error:
-            work.problems.append(f"{name}.png: {_reason(error)}")
+            work.problems.append(f"{name}.png: {reason(error)}")
             continue
         origin = (f"stamps/{name}.png", *rights.of(f"stamps/{name}.png"))
         yield sprite_row(picture, noun, f"tux:{name}", "tux" if photo else "tux_cartoon", origin, photo)
@@ -126,7 +134,7 @@ def wallpaper_rows(source: str, package: str, kind: str = "photo") -> Callable[[
             try:
                 picture = backdrop(Image.open(folder / one.file))
             except UNREADABLE as error:
-                work.problems.append(f"{one.file}: {_reason(error)}")
+                work.problems.append(f"{one.file}: {reason(error)}")
                 continue
             yield backdrop_row(picture, one, kind, source, rights.of(one.file))
 
@@ -148,8 +156,15 @@ def backdrop_row(picture: Image.Image, one: tables.Backdrop, kind: str, src: str
     }
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Why a file could not be used, for `Workplace.problems`."""
     return "it is not in the package" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def _drawing_rows(work: Workplace) -> Iterator[Row]:
+    from .drawings import drawing_rows  # needs resvg-py
+
+    return drawing_rows(work)
 
 
 def _room_rows(work: Workplace) -> Iterator[Row]:
@@ -169,6 +184,15 @@ SOURCES = (
         "sprites",
         (Package("@lobehub/fluent-emoji-3d", "npm", ("package/assets", "package/package.json")),),
         emoji_rows,
+    ),
+    Source(
+        "drawings",
+        "sprites",
+        tuple(
+            Package(package, "npm", ("package/icons.json", "package/chars.json", "package/info.json"))
+            for package in DRAWN_SETS.values()
+        ),
+        _drawing_rows,
     ),
     Source(
         "tuxpaint",

@@ -1,14 +1,17 @@
 """A bank from tiny packages: what is in it, what is told, and how a second run goes on."""
 
+import io
 from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tiny_packages import some_emoji, some_models, some_stamps, write_npm, write_packages
+from PIL import Image
+from tiny_packages import drawn_emoji, some_emoji, some_models, some_stamps, write_npm, write_packages
 
-from trl_recipes.bank_building import rooms, tables
+from trl_recipes.bank_building import drawings, rooms, tables
 from trl_recipes.bank_building.build import build_bank
+from trl_recipes.bank_building.sources import DRAWN_SETS
 from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset
 from trl_recipes.scenes.build_bank import main
 
@@ -41,7 +44,7 @@ def test_scenes_can_be_composed(built: tuple[Path, str]) -> None:
 
 def test_sprites(built: tuple[Path, str]) -> None:
     sprites = {row["id"]: row for row in rows(built[0], "sprites")}
-    assert len(sprites) == len(some_emoji()) + len(some_stamps()) - 1  # one stamp is no picture
+    assert len(sprites) == len(some_emoji()) + len(some_stamps()) - 1 + 7  # one stamp is no picture, one drawing either
     emoji = sprites[f"fl:{some_emoji()[0]}"]
     assert (emoji["noun"], emoji["color"], emoji["photo"]) == (tables.emoji()[some_emoji()[0]], "blue", False)
     stamp = sprites[f"tux:{some_stamps()[1]}"]
@@ -49,6 +52,30 @@ def test_sprites(built: tuple[Path, str]) -> None:
     assert (stamp["noun"], stamp["color"], stamp["photo"]) == (noun, "red", photo)
     assert (stamp["author"], stamp["lic"]) == ("2002, Someone Else", "GPL-2")
     assert stamp["categories"] == list(tables.nouns()[noun].categories)
+
+
+def test_drawings_are_of_training_emoji_alone(built: tuple[Path, str]) -> None:
+    first, second, tested = drawn_emoji()
+    drawn = {row["id"]: row for row in rows(built[0], "sprites") if row["src"] in DRAWN_SETS}
+    assert set(drawn) == {f"{name}:{code}" for name in DRAWN_SETS for code in (first, second)} - {f"noto:{second}"}
+    assert {row["split"] for row in drawn.values()} == {"train"} and tables.splits()[f"fl:{tested}"] == "test"
+    row = drawn[f"openmoji:{second}"]
+    assert (row["noun"], row["color"], row["photo"]) == (tables.emoji()[second], "blue", False)
+    assert (row["file"], row["author"], row["lic"]) == (
+        "@iconify-json/openmoji/alias",
+        "Maker of openmoji",
+        "CC BY 4.0",
+    )
+    assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (120, 60)  # of 200 pixels for 40 units
+    trained = [code for code in tables.emoji() if tables.splits()[f"fl:{code}"] == "train"]
+    assert f"drawings            7      {4 * len(trained) - 7}" in built[1]
+
+
+def test_drawings_need_resvg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawings, "find_spec", lambda name: None)
+    write_packages(tmp_path / "work" / "packages")
+    with pytest.raises(ValueError, match="needs resvg-py.*--skip drawings"):
+        build_bank(tmp_path, tmp_path / "work", ["emoji", "furniture"])
 
 
 def test_backgrounds(built: tuple[Path, str]) -> None:
@@ -95,10 +122,10 @@ def test_a_second_run_makes_only_what_changed(built: tuple[Path, str]) -> None:
 
 
 def test_bad_requests(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no source sofas; --skip takes emoji, tuxpaint"):
+    with pytest.raises(ValueError, match="no source sofas; --skip takes emoji, drawings, tuxpaint"):
         build_bank(tmp_path, tmp_path / "work", ["sofas"])
     with pytest.raises(ValueError, match="every source of sprites skipped"):
-        build_bank(tmp_path, tmp_path / "work", ["emoji", "tuxpaint", "furniture"])
+        build_bank(tmp_path, tmp_path / "work", ["emoji", "drawings", "tuxpaint", "furniture"])
 
 
 def test_command_without_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
