@@ -16,17 +16,17 @@ compiled is recorded without, after a warning.
 """
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
+
+from .recordings import Home, Recording, fused_norms, layers_through, record_cuda_graph, write_to
 
 ROOM = 128  # columns; static caches are sized in multiples of it, so that prompts of like length share their graphs
 HOMES = 4  # shapes of caches whose recorded graphs are kept
@@ -72,26 +72,29 @@ class ScaleGraphs:
         key = scale, inputs["inputs_embeds"].shape[1]
         if key not in self.calls:
             options = self.config.to_dict() | {"dynamic": False}
-            self.calls[key] = torch.compile(_own_function(self.language_model), **options)
+            self.calls[key] = torch.compile(_whole_pass(self.language_model), **options)
         torch.compiler.cudagraph_mark_step_begin()
         # a CUDA graph writes its next result to the same place
         return self.calls[key](**inputs).clone()
 
 
-def _own_function(language_model: PreTrainedModel) -> Callable:
+def _own(step: Callable) -> Callable:
+    step.__code__ = step.__code__.replace()  # graphs are counted, and limited, by code object: one for each shape
+    return step
+
+
+def _whole_pass(language_model: PreTrainedModel) -> Callable:
     def step(**inputs: Any) -> torch.Tensor:
         return language_model(**inputs).last_hidden_state
 
-    step.__code__ = step.__code__.replace()  # graphs are counted, and limited, by code object
-    return step
+    return _own(step)
 
 
-def _own_layer() -> Callable:
+def _one_layer() -> Callable:
     def step(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(layer).forward(layer, *args, **kwargs)
 
-    step.__code__ = step.__code__.replace()  # one for each shape, as for whole passes
-    return step
+    return _own(step)
 
 
 def compile_as_eager(function: Callable) -> Callable:
@@ -164,7 +167,7 @@ class RecordedScales(ScaleGraphs):
         home.add(embeds.shape[1])
         return hidden
 
-    def _home(self, cache: Cache) -> "Home":
+    def _home(self, cache: Cache) -> Home:
         home = next((home for home in self.homes if home.fits(cache)), None)
         if home is None:
             home = Home(cache)
@@ -173,7 +176,7 @@ class RecordedScales(ScaleGraphs):
         self.homes = [home, *self.homes][:HOMES]
         return home
 
-    def _recorded(self, home: "Home", limit: int, tensors: dict[str, torch.Tensor]) -> "Recording | None":
+    def _recorded(self, home: Home, limit: int, tensors: dict[str, torch.Tensor]) -> Recording | None:
         """None if it cannot be done."""
         fused = bool((self.config.options or {}).get("fused_norms"))
         language_model, cache = self.language_model, home.cache
@@ -204,227 +207,8 @@ class RecordedScales(ScaleGraphs):
         """One decoder layer, compiled for these shapes."""
         key = *tensors["inputs_embeds"].shape[:2], limit, cache.layers[0].keys.shape[2]
         if key not in self.calls:
-            self.calls[key] = self.compile(_own_layer())
+            self.calls[key] = self.compile(_one_layer())
         return self.calls[key]
-
-
-class HomeLayer(StaticLayer):
-    """A layer of a `Home`: told where to write, it does not count, and shows no more columns than need be looked at."""
-
-    _layer_type = None  # not one that transformers should make of a configuration
-
-    def __init__(self, layer: StaticLayer) -> None:
-        super().__init__(layer.max_cache_len)
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self.keys, self.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
-        self.cumulative_length = torch.zeros_like(layer.cumulative_length)
-        self.places: torch.Tensor | None = None
-        self.limit = 0
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.index_copy_(2, self.places, key_states)
-        self.values.index_copy_(2, self.places, value_states)
-        return self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
-
-
-class Home:
-    """Storage for the contents of one static cache at a time, at addresses that do not change.
-
-    Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length,
-    columns looked at); `weights`, the addresses of the weights in these recordings; `scale`, of the last pass.
-    """
-
-    def __init__(self, cache: Cache) -> None:
-        self.graphs: dict[tuple[int, int, int], Recording | None] = {}
-        self.weights: list[int] = []
-        self.scale: float = float("inf")  # whatever comes first begins a picture
-        self._tenant: Callable[[], Cache | None] = lambda: None
-        with torch.inference_mode(False):
-            self.cache = Cache(layers=[HomeLayer(layer) for layer in cache.layers])
-
-    def fits(self, cache: Cache) -> bool:
-        own, other = _storage(self.cache), _storage(cache)
-        return len(own) == len(other) and all(
-            a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, other, strict=True)
-        )
-
-    def take_in(self, cache: Cache) -> None:
-        """Moves a cache in: it keeps what it holds, and holds it here. Who lived here takes a copy along."""
-        if cache.layers[0].keys is self.cache.layers[0].keys:
-            return
-        before = self._tenant()
-        if before is not None and before.layers[0].keys is self.cache.layers[0].keys:
-            _settle(before, [tensor.clone() for tensor in _storage(before)])
-        own = _storage(self.cache)
-        with torch.no_grad():
-            for kind in range(3):  # all of one type
-                torch._foreach_copy_(own[kind::3], _storage(cache)[kind::3])
-        _settle(cache, own)
-        self._tenant = weakref.ref(cache)
-
-    def places(self, count: int) -> torch.Tensor:
-        """Where the next columns are written (count,)."""
-        held = self.cache.layers[0].cumulative_length
-        return torch.arange(count, device=held.device) + held
-
-    def add(self, count: int) -> None:
-        """So many columns have been written."""
-        with torch.no_grad():
-            torch._foreach_add_([layer.cumulative_length for layer in self.cache.layers], count)
-
-
-def write_to(cache: Cache, places: torch.Tensor, limit: int) -> None:
-    """Passes over the cache of a `Home` write there from now on, and look at the first `limit` columns."""
-    for layer in cache.layers:
-        layer.places, layer.limit = places, limit
-
-
-def _storage(cache: Cache) -> list[torch.Tensor]:
-    return [t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
-
-
-def _settle(cache: Cache, storage: list[torch.Tensor]) -> None:
-    for index, layer in enumerate(cache.layers):
-        layer.keys, layer.values, layer.cumulative_length = storage[3 * index : 3 * index + 3]
-
-
-class Recording:
-    """A function of tensors that has been recorded once: its inputs are copied to where it reads, and it is played.
-
-    Args:
-        run: the function, of named tensors; to do it twice must be the same as once.
-        tensors: inputs of the shapes that it will always have.
-        record: as `record_cuda_graph`.
-    """
-
-    def __init__(
-        self, run: Callable[..., torch.Tensor], tensors: dict[str, torch.Tensor], record: Callable | None = None
-    ) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # to be written to inside and outside of inference mode
-            self.tensors = fixed = {
-                name: torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-                for name, tensor in tensors.items()
-            }
-            device = next(iter(tensors.values())).device
-            self._play = (record or record_cuda_graph)(lambda: run(**fixed), device)
-
-    def __call__(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.tensors[name].copy_(tensor)
-            return self._play().clone()  # the next result comes to the same place
-
-
-_graphs: "weakref.WeakKeyDictionary[Any, torch.device]" = weakref.WeakKeyDictionary()  # all that are alive
-_streams: dict[torch.device, Any] = {}
-
-
-def record_cuda_graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """Records a function without arguments. Returns what plays it, and has its result at the same place every time.
-
-    It runs once before, so that libraries allocate and load what they need. All graphs of a device share their memory
-    for intermediate results; so two must not run at the same time.
-    """
-    if device.type != "cuda":
-        run()  # what cannot be done fails now
-        return run
-    with torch.cuda.device(device):
-        stream = _streams.setdefault(device, torch.cuda.Stream())
-        current = torch.cuda.current_stream()
-        # memory may be shared with a graph that is alive only
-        pool = next((other.pool() for other, place in _graphs.items() if place == device), None)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                run()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = run()
-        finally:
-            torch.cuda.set_stream(current)  # torch does not when the end of a recording fails
-            current.wait_stream(stream)
-    _graphs[graph] = device
-
-    def play() -> torch.Tensor:
-        graph.replay()
-        return result
-
-    return play
-
-
-@contextmanager
-def fused_norms(model: nn.Module) -> Iterator[None]:
-    """While inside, the RMS norms of a model that are computed as Llama's are torch's own."""
-    norms = [module for module in model.modules() if _is_plain_norm(module)]
-    for norm in norms:
-        norm.forward = _fused(norm)
-    try:
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
-
-
-def _is_plain_norm(module: nn.Module) -> bool:
-    named = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-    return named and isinstance(getattr(module, "weight", None), torch.Tensor) and "forward" not in vars(module)
-
-
-def _fused(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda hidden: norm.weight * F.rms_norm(hidden, hidden.shape[-1:], eps=norm.variance_epsilon)
-
-
-@contextmanager
-def layers_through(step: Callable, model: nn.Module) -> Iterator[None]:
-    """While inside, the decoder layers of a model are called as `step(layer, *args, **kwargs)`.
-
-    `past_key_values` is then the layer's own part of the cache, so that a compiled step is the same for all layers.
-
-    Raises:
-        ValueError: the model has no `layers`, they do not count as their cache does, or someone else calls them.
-        TypeError: when called, the cache is not passed as `past_key_values`.
-    """
-    layers = getattr(model, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError("the model has no list of layers")
-    for index, layer in enumerate(layers):
-        if {getattr(module, "layer_idx", index) for module in layer.modules()} != {index}:
-            raise ValueError(f"layer {index} writes to another part of the cache")
-        if "forward" in vars(layer):
-            raise ValueError(f"the forward pass of layer {index} has been replaced")
-    for index, layer in enumerate(layers):
-        layer.forward = _through(step, layer, index)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _through(step: Callable, layer: nn.Module, index: int) -> Callable:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, Cache):
-            raise TypeError("decoder layers do not get their cache as past_key_values")
-        return step(layer, *args, **kwargs | {"past_key_values": OneLayer(cache.layers[index])})
-
-    return forward
-
-
-class OneLayer:
-    """A layer of a cache, called as the whole cache is; which one it is does not matter to a compiled graph."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values (R, heads, l, width); returns all that is looked at, (R, heads, limit, width)."""
-        # whoever looks at the number of the layer makes it a constant of the graph
-        return self.layer.update(key_states, value_states)
 
 
 def _warn(what: str) -> None:

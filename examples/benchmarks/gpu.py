@@ -24,14 +24,11 @@ START = time.perf_counter()  # before torch is imported, which takes a while
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,104 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import cases, modes
 from benchmarks.floors import copy_bandwidth
+from benchmarks.gpu_report import PARTS, Parts, Report, now, times
 from benchmarks.stopwatch import peak_memory
-from modeling_argenseg.static_steps import Home, Recording, rounded_up, write_to
+from modeling_argenseg.recordings import Home, Recording, write_to
+from modeling_argenseg.static_steps import rounded_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARTS = ("vision", "prefill", "drawing", "decoder")
 RECORDED = ("recorded", "fused", "layers")  # ways
-
-
-class Report:
-    """Figures, printed and written to a file as soon as they are known; and the time that is left."""
-
-    def __init__(self, path: Path | None, seconds: float) -> None:
-        self.path, self.end = path, START + seconds
-        self.figures: dict[str, Any] = {}
-
-    @property
-    def left(self) -> float:
-        return self.end - time.perf_counter()
-
-    def add(self, name: str, value: Any) -> None:
-        self.figures[name] = value
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        print(f"[{time.perf_counter() - START:5.1f} s] {name}: {shown}", flush=True)
-        self.write()
-
-    def table(self, name: str, rows: list[list[Any]]) -> None:
-        self.figures[name] = rows
-        cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-        lines = ["| " + " | ".join(row) + " |" for row in cells]
-        lines.insert(1, "|---" * len(rows[0]) + "|")
-        print("\n".join(["", name, *lines, ""]), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        if self.path is not None:
-            new = self.path.with_name(self.path.name + ".new")
-            new.write_text(json.dumps(self.figures, indent=1) + "\n")
-            new.replace(self.path)  # whole at any time
-
-    def step(self, name: str, seconds: float, run: Callable[[], None]) -> None:
-        """Runs one step if that many seconds are left for it."""
-        if self.left < seconds:
-            self.add(f"skipped: {name}", f"{self.left:.0f} s left, {seconds:.0f} needed")
-            return
-        try:
-            run()
-        except Exception as error:
-            traceback.print_exc()
-            self.add(f"failed: {name}", f"{type(error).__name__}: {error}")
-
-
-class Parts:
-    """Seconds that each part of a run takes, waiting for the device at its begin and end; without those inside it."""
-
-    def __init__(self, case: cases.Case) -> None:
-        self.case, self.seconds = case, dict.fromkeys(PARTS, 0.0)
-        self._inside = [0.0]
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        net, tokenizer = self.case.model, self.case.visual_tokenizer
-        places = [(net.model, "get_image_features"), (net, "_prefill"), (net, "_draw"), (tokenizer, "decode")]
-        for (owner, name), part in zip(places, PARTS, strict=True):
-            setattr(owner, name, self._timed(getattr(owner, name), part))
-        try:
-            yield
-        finally:
-            for owner, name in places:
-                delattr(owner, name)
-
-    def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = now(self.case.model.device)
-            self._inside.append(0.0)
-            result = call(*args, **kwargs)
-            taken = now(self.case.model.device) - begin
-            self.seconds[part] += taken - self._inside.pop()
-            self._inside[-1] += taken
-            return result
-
-        return timed
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def times(run: Callable[[], Any], device: torch.device, count: int, warm: int = 1) -> list[float]:
-    """Milliseconds of each of `count` runs, after some to warm up."""
-    found = []
-    for number in range(warm + count):
-        begin = now(device)
-        run()
-        if number >= warm:
-            found.append(1000 * (now(device) - begin))
-    return found
 
 
 def as_recorded(**options: bool) -> dict[str, Any]:
@@ -524,7 +430,7 @@ def stop(report: Report) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
-    report = Report(args.json, args.seconds)
+    report = Report(args.json, args.seconds, START)
     report.add("imported", True)
     watchdog = threading.Timer(max(report.left, 0.1), stop, [report])
     watchdog.daemon = True

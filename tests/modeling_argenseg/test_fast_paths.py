@@ -20,8 +20,8 @@ from toy import ABSENT, BOTH, REQUESTS, photograph
 from transformers import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from modeling_argenseg import ARGenSegForConditionalGeneration, static_steps
-from modeling_argenseg.static_steps import fused_norms
+from modeling_argenseg import ARGenSegForConditionalGeneration, recordings, static_steps
+from modeling_argenseg.recordings import fused_norms
 from processing import ARGenSegProcessor
 
 PROMPTS = [REQUESTS[0], *ABSENT, BOTH, REQUESTS[1]]
@@ -479,8 +479,8 @@ class FakeCuda:
         monkeypatch.setattr(cuda, "set_stream", lambda stream: setattr(self, "stream_now", stream.name))
         monkeypatch.setattr(cuda, "stream", self.stream)
         monkeypatch.setattr(cuda, "graph", self.graph)
-        monkeypatch.setattr(static_steps, "_streams", {})
-        monkeypatch.setattr(static_steps, "_graphs", weakref.WeakKeyDictionary())
+        monkeypatch.setattr(recordings, "_streams", {})
+        monkeypatch.setattr(recordings, "_graphs", weakref.WeakKeyDictionary())
 
     def named(self, name: str) -> Any:
         return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
@@ -513,21 +513,21 @@ class TestRecordingOnCuda:
             return torch.ones(2)
 
         device = torch.device("cuda:0")
-        play = static_steps.record_cuda_graph(work, device)
+        play = recordings.record_cuda_graph(work, device)
         assert fake.log == ["side waits for main", "work on side", "recording", "work on side", "main waits for side"]
         assert fake.pool is None and play() is play() and fake.stream_now == "main"
-        static_steps.record_cuda_graph(work, device)  # is dropped at once
-        assert fake.pool.startswith("pool of") and len(static_steps._graphs) == 1
+        recordings.record_cuda_graph(work, device)  # is dropped at once
+        assert fake.pool.startswith("pool of") and len(recordings._graphs) == 1
         del play
-        static_steps.record_cuda_graph(work, device)
+        recordings.record_cuda_graph(work, device)
         assert fake.pool is None  # nothing to share memory with is alive
 
     def test_a_recording_that_fails_gives_the_stream_back(self, monkeypatch) -> None:
         fake = FakeCuda(monkeypatch)
         fake.fails = True
         with pytest.raises(RuntimeError, match="invalidated"):
-            static_steps.record_cuda_graph(lambda: torch.ones(2), torch.device("cuda:0"))
-        assert fake.stream_now == "main" and not static_steps._graphs
+            recordings.record_cuda_graph(lambda: torch.ones(2), torch.device("cuda:0"))
+        assert fake.stream_now == "main" and not recordings._graphs
 
 
 class TestPreviews:
