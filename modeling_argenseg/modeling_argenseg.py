@@ -16,9 +16,11 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache_name import CACHE, warns_of_the_old_name
 from .configuration_argenseg import ARGenSegConfig
 from .from_vlm import FromVLMMixin
 from .generation_argenseg import ARGenSegGenerationMixin
@@ -28,25 +30,16 @@ from .var_quantizer import MultiScaleQuantizer
 
 
 @dataclass
-class ARGenSegModelOutputWithPast(ModelOutput):
+class ARGenSegModelOutputWithPast(BaseModelOutputWithPast):
     """Hidden states of the stream; `image_hidden_states` are the projected image features."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class ARGenSegCausalLMOutputWithPast(ModelOutput):
+class ARGenSegCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`loss` = `text_loss` + visual_loss_weight * `visual_loss`; logits (B, L, vocabulary)."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
     visual_loss: torch.Tensor | None = None
@@ -68,7 +61,7 @@ class ARGenSegPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = "past_key_values"
+    _skip_keys_device_placement = [CACHE]
     _keep_in_fp32_modules_strict = ["quantizer"]
     _keep_in_fp32_modules = ["generation_projector"]  # in fp16, and when the rest is quantised
     _supports_sdpa = True
@@ -108,6 +101,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         self.position_embedding = nn.Embedding(pictures.num_tokens, width)
         self.quantizer = MultiScaleQuantizer(pictures).requires_grad_(False)
         self.post_init()
+        # rows of the embedding, and of a head tied to it, are read by hand: in tensor parallelism they stay whole
+        self._tp_plan.pop("vlm.language_model.embed_tokens", None)
 
     def train(self, mode: bool = True) -> "ARGenSegModel":
         """As usual; also freezes the quantizer again, because `from_pretrained` replaces its parameters."""
@@ -226,7 +221,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """The 4-D mask of block attention where the stream holds pictures; else the mask as it came."""
@@ -241,17 +236,18 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
                 "flash attention cannot express scale_attention='block' in one pass over a whole picture; load the "
                 "model with attn_implementation='sdpa'"
             )
-        if past_key_values is not None:  # blocks are counted from the first column of the cache
-            blocks = F.pad(blocks, (int(past_key_values.get_seq_length()), 0), value=-1)
+        if cache is not None:  # blocks are counted from the first column of the cache
+            blocks = F.pad(blocks, (int(cache.get_seq_length()), 0), value=-1)
         return create_causal_mask(
             self.language_model.config,
             inputs_embeds,
             attention_mask,
-            past_key_values,
+            cache,
             position_ids=position_ids,  # tell packed streams apart
             block_sequence_ids=blocks,
         )
 
+    @warns_of_the_old_name
     @can_return_tuple
     def forward(
         self,
@@ -262,6 +258,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ARGenSegModelOutputWithPast:
         """Hidden states of a stream (B, L), text and pictures alike.
@@ -269,6 +266,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         Raises:
             ValueError: a picture in the stream is not whole, or placeholders and images do not match.
         """
+        cache = past_key_values if cache is None else cache  # the same thing, by its old and its new name
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         image = (mm_encoder_outputs or {}).get("image")
@@ -281,21 +279,19 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
             inputs_embeds = self.embed_stream(input_ids)
             if image is not None:
                 inputs_embeds = self.insert_image_features(inputs_embeds, input_ids, image.pooler_output)
-            attention_mask = self.attention_mask_of(
-                input_ids, inputs_embeds, attention_mask, past_key_values, position_ids
-            )
+            attention_mask = self.attention_mask_of(input_ids, inputs_embeds, attention_mask, cache, position_ids)
         elif image is not None:
             inputs_embeds = self.insert_image_features(inputs_embeds, None, image.pooler_output)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **kwargs,
         )
         return ARGenSegModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=None if image is None else image.pooler_output,
@@ -333,6 +329,7 @@ class ARGenSegForConditionalGeneration(
             return F.linear(hidden_states, self.lm_head.weight[first : first + count])
         return self.lm_head(hidden_states)[..., first : first + count]
 
+    @warns_of_the_old_name
     @can_return_tuple
     def forward(
         self,
@@ -347,6 +344,7 @@ class ARGenSegForConditionalGeneration(
         mm_encoder_outputs: dict[str, Any] | None = None,
         shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ARGenSegCausalLMOutputWithPast:
         """Teacher forcing needs nothing beside the ids: pictures in the stream become queries here.
@@ -369,7 +367,7 @@ class ARGenSegForConditionalGeneration(
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
@@ -396,7 +394,7 @@ class ARGenSegForConditionalGeneration(
         return ARGenSegCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

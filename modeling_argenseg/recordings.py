@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, StaticLayer
 
+from .cache_name import CACHE
+
 
 class HomeLayer(StaticLayer):
     """A layer of a `Home`: told where to write, it does not count, and shows no more columns than need be looked at."""
@@ -22,7 +24,7 @@ class HomeLayer(StaticLayer):
 
     def __init__(self, layer: StaticLayer) -> None:
         super().__init__(layer.max_cache_len)
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.device, True
         self.keys, self.values = torch.empty_like(layer.keys), torch.empty_like(layer.values)
         self.cumulative_length = torch.zeros_like(layer.cumulative_length)
         self.places: torch.Tensor | None = None
@@ -187,11 +189,11 @@ def _fused(norm: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 def layers_through(step: Callable, model: nn.Module) -> Iterator[None]:
     """While inside, the decoder layers of a model are called as `step(layer, *args, **kwargs)`.
 
-    `past_key_values` is then the layer's own part of the cache, so that a compiled step is the same for all layers.
+    The cache that it gets is then the layer's own part of it, so that a compiled step is the same for all layers.
 
     Raises:
         ValueError: the model has no `layers`, they do not count as their cache does, or someone else calls them.
-        TypeError: when called, the cache is not passed as `past_key_values`.
+        TypeError: when called, the cache is not passed by its name.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -212,10 +214,10 @@ def layers_through(step: Callable, model: nn.Module) -> Iterator[None]:
 
 def _through(step: Callable, layer: nn.Module, index: int) -> Callable:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if not isinstance(cache, Cache):
-            raise TypeError("decoder layers do not get their cache as past_key_values")
-        return step(layer, *args, **kwargs | {"past_key_values": OneLayer(cache.layers[index])})
+            raise TypeError(f"decoder layers do not get their cache as {CACHE}")
+        return step(layer, *args, **kwargs | {CACHE: OneLayer(cache.layers[index])})
 
     return forward
 

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
+from .cache_name import CACHE
 from .recordings import Home, Recording, fused_norms, layers_through, record_cuda_graph, write_to
 
 ROOM = 128  # columns; static caches are sized in multiples of it, so that prompts of like length share their graphs
@@ -136,7 +137,7 @@ class RecordedScales(ScaleGraphs):
         return super().__getstate__() | {"homes": []}
 
     def __call__(self, scale: int, columns: int, **inputs: Any) -> torch.Tensor:
-        cache, mask, embeds = inputs["past_key_values"], inputs["attention_mask"], inputs["inputs_embeds"]
+        cache, mask, embeds = inputs[CACHE], inputs["attention_mask"], inputs["inputs_embeds"]
         if mask is None or mask.ndim != 4 or any(type(layer) is not StaticLayer for layer in cache.layers):
             _warn("flash attention and sliding layers cannot be recorded")
             return self.language_model(**inputs).last_hidden_state
@@ -189,7 +190,7 @@ class RecordedScales(ScaleGraphs):
                 fused_norms(language_model) if fused else nullcontext(),
                 layers_through(step, language_model) if step else nullcontext(),
             ):
-                return language_model(**fixed, past_key_values=cache, use_cache=True).last_hidden_state
+                return language_model(**fixed, **{CACHE: cache}, use_cache=True).last_hidden_state
 
         if self.compiles:
             try:

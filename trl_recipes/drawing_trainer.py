@@ -53,7 +53,7 @@ class DrawingTrainer(Trainer):
                 else:
                     parts = [about(image, part) for part in parts]
             for part in parts:  # the head runs only at answers; a cache would be filled for nothing
-                part["use_cache"] = "past_key_values" in part
+                part["use_cache"] = "cache" in part
                 part["logits_to_keep"] = before_labels(part["labels"])
             parts[0]["output_hidden_states"] = shares is not None
             outputs = [model(**part) for part in parts]
@@ -106,7 +106,7 @@ def go_on(model: Any, image: Any, parts: list[dict[str, Any]], length: int) -> l
     for each image."""
     ids = parts[0]["input_ids"][:1, :length].expand(len(image.pooler_output), -1)
     read = DynamicCache()
-    model(input_ids=ids, mm_encoder_outputs={"image": image}, past_key_values=read, use_cache=True)
+    model(input_ids=ids, mm_encoder_outputs={"image": image}, cache=read, use_cache=True)
     rest = []
     for part in parts:
         part, own = dict(part), DynamicCache()
@@ -114,7 +114,7 @@ def go_on(model: Any, image: Any, parts: list[dict[str, Any]], length: int) -> l
         for number, layer in enumerate(read.layers):
             own.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), number)
         rest.append(part | {name: part[name][:, length:] for name in ("input_ids", "labels")})
-        rest[-1]["past_key_values"] = own
+        rest[-1]["cache"] = own
     return rest
 
 

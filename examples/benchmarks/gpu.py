@@ -46,6 +46,7 @@ from benchmarks import cases, modes
 from benchmarks.floors import copy_bandwidth
 from benchmarks.gpu_report import PARTS, Parts, Report, now, times
 from benchmarks.stopwatch import peak_memory
+from modeling_argenseg.cache_name import CACHE
 from modeling_argenseg.recordings import Home, Recording, write_to
 from modeling_argenseg.static_steps import rounded_up
 
@@ -231,7 +232,7 @@ class Measurement:
         net, ids = self.case.model, self.case.prompts[0][None]
         features = net.get_image_features(self.case.pixel_values, return_dict=True).pooler_output
         embeds = net.model.insert_image_features(net.model.embed_stream(ids), ids, features)
-        net.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        net.model.language_model(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True)
         return cache
 
     @torch.inference_mode()
@@ -248,7 +249,7 @@ class Measurement:
 
         def step(token: torch.Tensor, cache: Any, **inputs: torch.Tensor) -> torch.Tensor:
             embeds = net.get_input_embeddings()(token)
-            hidden = net.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, **inputs)
+            hidden = net.model.language_model(inputs_embeds=embeds, **{CACHE: cache}, use_cache=True, **inputs)
             return net.visual_logits(hidden.last_hidden_state).argmax(-1) + net.config.visual_token_offset
 
         token = torch.tensor([[net.config.gen_start_token_id]], device=self.device)

@@ -31,7 +31,7 @@ def released(case: Case, watch: Stopwatch) -> torch.Tensor:
         if phase == "scales" and config.scale_attention == "block":  # the small model's; sdpa
             seen = cache.get_seq_length() + embeds.shape[1]
             mask = torch.ones(1, 1, embeds.shape[1], seen, dtype=torch.bool, device=net.device)
-        hidden = net.model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache).last_hidden_state
+        hidden = net.model(inputs_embeds=embeds, attention_mask=mask, cache=cache).last_hidden_state
         logits = net.lm_head(hidden)
         watch.phase = None
         return logits
@@ -72,12 +72,12 @@ def sequential(case: Case, watch: Stopwatch) -> None:
     features = net.get_image_features(case.pixel_values, return_dict=True).pooler_output
     embeds = net.model.insert_image_features(net.model.embed_stream(ids), ids, features)
     watch.phase = "prefill"
-    net.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    net.model(inputs_embeds=embeds, cache=cache, use_cache=True)
     watch.phase = "scales"
     token = torch.tensor([[net.config.gen_start_token_id]], device=net.device)
     for _ in range(SEQUENTIAL_STEPS):
         embeds = net.get_input_embeddings()(token)
-        hidden = net.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = net.model(inputs_embeds=embeds, cache=cache, use_cache=True).last_hidden_state
         token = net.visual_logits(hidden).argmax(-1) + net.config.visual_token_offset
     watch.phase = None
 

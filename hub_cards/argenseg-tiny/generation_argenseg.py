@@ -24,6 +24,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS, GenerationMode
 
+from .cache_name import CACHE
 from .generation_drawing import DrawingMixin
 from .generation_prefill import PrefillMixin
 from .generation_rows import Rows
@@ -108,7 +109,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             raise ValueError(f"the prompt holds no image (placeholder id {self.config.image_token_id})")
         ids = ids[: int(places[-1]) + 1]
         outputs = self.model(input_ids=ids[None], use_cache=True, return_dict=True, **inputs)
-        return EncodedImage.from_cache(ids, outputs.past_key_values)
+        return EncodedImage.from_cache(ids, outputs[CACHE])
 
     def stream(self, **inputs: Any) -> PictureStream:
         """`generate` that shows its pictures while they are drawn.
@@ -163,7 +164,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
     ) -> dict[str, Any]:
         # all three have been used up by now; named here so that `generate` lets them pass
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        mask, cache, ids = kwargs.get("attention_mask"), inputs.get("past_key_values"), inputs.get("input_ids")
+        mask, cache, ids = kwargs.get("attention_mask"), inputs.get(CACHE), inputs.get("input_ids")
         if ids is not None and cache is not None and cache.is_compileable and self.config.scale_attention == "block":
             # for a static cache the mask is made here, and transformers' own knows of no pictures in the history
             embeds = torch.empty(*ids.shape, 0, dtype=self.dtype, device=ids.device)
@@ -235,11 +236,11 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         rows.running = wrote & ~begins & ~done
         if not bool((rows.running | rows.waiting).any()):
             return None  # nobody will read this column
-        cache = with_room(rows.model_kwargs["past_key_values"], self.model.language_model.config, used, used + 1)
+        cache = with_room(rows.model_kwargs[CACHE], self.model.language_model.config, used, used + 1)
         rows.model_kwargs |= {
             "attention_mask": rows.mask,
             "position_ids": rows.positions(),
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
         }
         inputs = self.prepare_inputs_for_generation(rows.ids, next_sequence_length=1, **rows.model_kwargs)
@@ -269,9 +270,9 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             sequences=sequences,
             scores=tuple(rows.scores) or None,
             logits=tuple(rows.logits) or None,
-            past_key_values=rows.model_kwargs["past_key_values"],
             picture_scores=[[self._picture_score(one) for one in row] for row in rows.logprobs],
             picture_token_logprobs=rows.logprobs,
+            **{CACHE: rows.model_kwargs[CACHE]},
         )
 
     def _check_options(self, generation_config: GenerationConfig, synced_gpus: bool) -> None:

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.masking_utils import create_causal_mask
 
+from .cache_name import CACHE
 from .generation_rows import Rows
 from .picture_streamer import PartialPicture, PictureStreamer
 from .static_steps import ScaleGraphs, scale_graphs, with_room
@@ -83,15 +84,15 @@ class DrawingMixin:
         count = embeds.shape[1]
         embeds = embeds if closing is None else torch.cat([embeds, closing], dim=1)
         text_config, used = self.model.language_model.config, rows.mask.shape[1]
-        cache = with_room(rows.model_kwargs["past_key_values"], text_config, used, used + embeds.shape[1])
-        rows.model_kwargs["past_key_values"] = cache
+        cache = with_room(rows.model_kwargs[CACHE], text_config, used, used + embeds.shape[1])
+        rows.model_kwargs[CACHE] = cache
         rows.extend_mask(rows.waiting, embeds.shape[1])
         inputs = {
             "inputs_embeds": embeds,
             "attention_mask": rows.mask,
             # to a graph strides are shapes
             "position_ids": rows.positions()[:, -embeds.shape[1] :].clone(memory_format=torch.contiguous_format),
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
         }
         flash, compiles = "flash" in text_config._attn_implementation, self._compiles(rows, generation_config)
@@ -103,7 +104,7 @@ class DrawingMixin:
             if block:
                 blocks[:, used : used + count] = 0
             inputs["attention_mask"] = create_causal_mask(
-                text_config, embeds, rows.mask, past_key_values=cache, block_sequence_ids=blocks
+                text_config, embeds, rows.mask, cache, block_sequence_ids=blocks
             )
         if compiles:
             return self._graphs(generation_config)(scale, used + embeds.shape[1], **inputs)

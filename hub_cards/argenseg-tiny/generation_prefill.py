@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from .cache_name import CACHE
 from .generation_rows import Rows, stack_left_padded
 
 
@@ -93,7 +94,7 @@ class PrefillMixin:
         encoded = model_kwargs.pop("encoded_image", None)
         if encoded is not None:
             columns, rows.mask = encoded.bring_forward(rows.ids, rows.mask)
-            encoded.fill(model_kwargs["past_key_values"], rows.ids.shape[0])
+            encoded.fill(model_kwargs[CACHE], rows.ids.shape[0])
         batch, count = rows.running.shape[0], draft.shape[0]
         starts = rows.ids[:batch, -1:].eq(self.config.gen_start_token_id).any(-1)
         draft_ids = draft.expand(rows.ids.shape[0], -1)
@@ -104,7 +105,7 @@ class PrefillMixin:
         model_kwargs["logits_to_keep"] = 1 + count
         outputs = self._prefill(columns, generation_config, model_kwargs)
         model_kwargs["logits_to_keep"] = 1
-        model_kwargs["past_key_values"] = outputs.past_key_values
+        model_kwargs[CACHE] = outputs[CACHE]
         always = generation_config.picture_prefill == "always"
         accepted, logits = self._accept(rows, draft, outputs.logits[:, -1 - count :].float(), ~starts, always, streamer)
         rows.first_logits = self._visual_slice(logits)

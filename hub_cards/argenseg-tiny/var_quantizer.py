@@ -20,7 +20,7 @@ class Phi(nn.Conv2d):
     """`phi(x) = (1 - r) x + r conv3x3(x)`: mends what up-sampling a coarse scale blurs."""
 
     def __init__(self, channels: int, ratio: float) -> None:
-        super().__init__(channels, channels, kernel_size=3, padding=1)
+        super().__init__(channels, channels, kernel_size=3, padding=1, dtype=torch.float32)
         self.ratio = ratio
 
     def forward(self, h_BDhw: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,8 @@ class SharedPhi(nn.Module):
 class MultiScaleQuantizer(nn.Module):
     """Residual quantisation of a latent, coarse to fine: every scale codes what the coarser ones left over.
 
-    All of it runs in the dtype of the codebook, without autocast, because f_hat is a long sum.
+    All of it runs in the dtype of the codebook, without autocast, because f_hat is a long sum. It is made in fp32,
+    whatever the default dtype.
     """
 
     def __init__(self, config: VARTokenizerConfig) -> None:
@@ -62,10 +63,12 @@ class MultiScaleQuantizer(nn.Module):
         self.rate_weights = (
             [float(r) for r in rates] if isinstance(rates, list | tuple) else [rates] * len(config.patch_nums)
         )
-        self.embedding = nn.Embedding(config.vocab_size, config.latent_channels)
+        self.embedding = nn.Embedding(config.vocab_size, config.latent_channels, dtype=torch.float32)
         self.quant_resi = SharedPhi(config)
         # how often each code was chosen at each scale; the prior of entropy-constrained quantisation
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), config.vocab_size))
+        self.register_buffer(
+            "ema_vocab_hit_SV", torch.zeros(len(self.patch_nums), config.vocab_size, dtype=torch.float32)
+        )
 
     def nearest(self, rest_NC: torch.Tensor, scale: int) -> torch.Tensor:
         """Codebook indices (N,) of residual vectors (N, D): least squared distance plus the rate term, if any."""

@@ -110,7 +110,7 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
 
     def decode_latent(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
         """f_hat (B, D, h, w) to pictures (B, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(f_hat_BDhw))
+        return self.decoder(self.post_quant_conv(f_hat_BDhw.to(self.post_quant_conv.weight.dtype)))
 
     def _decode_faster(self, f_hat_BDhw: torch.Tensor) -> torch.Tensor:
         """`decode_latent` in `decode_dtype`."""

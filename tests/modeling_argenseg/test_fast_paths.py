@@ -21,6 +21,7 @@ from transformers import CompileConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_argenseg import ARGenSegForConditionalGeneration, recordings, static_steps
+from modeling_argenseg.cache_name import CACHE
 from modeling_argenseg.recordings import fused_norms
 from processing import ARGenSegProcessor
 
@@ -202,7 +203,7 @@ class TestStatic:
             ids = torch.cat([plain.sequences[:, :-1], *[answer] * extra], dim=1)
             again = {**left_padded([ids], extra=2), "pixel_values": alone["pixel_values"]}
             out = run(model, again, max_new_tokens=3)
-            lengths.append(out.past_key_values.layers[0].get_max_length())
+            lengths.append(getattr(out, CACHE).layers[0].get_max_length())
             dynamic = run(model, again, max_new_tokens=3, cache_implementation="dynamic", output_logits=True)
             static = run(model, again, max_new_tokens=3, output_logits=True)
             for one, other in zip(dynamic.logits, static.logits, strict=True):
@@ -215,9 +216,9 @@ class TestStatic:
         model, alone = load(toy_folder), single(inputs, 3)
         plain = run(model, alone)
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=alone["input_ids"].shape[1] + 2)
-        out = run(model, alone, past_key_values=cache)
+        out = run(model, alone, **{CACHE: cache})
         assert torch.equal(out.sequences, plain.sequences)
-        assert out.past_key_values.layers[0].get_max_length() > cache.layers[0].get_max_length()
+        assert getattr(out, CACHE).layers[0].get_max_length() > cache.layers[0].get_max_length()
 
     @both_scales
     def test_one_graph_a_scale(self, toy_folder, processor, inputs, scale_attention) -> None:
@@ -281,18 +282,18 @@ def refuses(step: Any) -> Any:
 
 class AsksItsCache(LlamaDecoderLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        assert kwargs["past_key_values"] is None or kwargs["past_key_values"].get_seq_length() >= 0
+        assert kwargs[CACHE] is None or kwargs[CACHE].get_seq_length() >= 0
         return super().forward(*args, **kwargs)
 
 
 class AnotherSignature(LlamaDecoderLayer):
     """Called with its cache in another argument."""
 
-    def __call__(self, hidden_states: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return super().__call__(hidden_states, layer_past=past_key_values, **kwargs)
+    def __call__(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        return super().__call__(hidden_states, layer_past=kwargs.pop(CACHE, None), **kwargs)
 
     def forward(self, hidden_states: torch.Tensor, layer_past: Any = None, **kwargs: Any) -> Any:
-        return super().forward(hidden_states, past_key_values=layer_past, **kwargs)
+        return super().forward(hidden_states, **{CACHE: layer_past}, **kwargs)
 
 
 class TestRecorded:
@@ -350,10 +351,10 @@ class TestRecorded:
     def test_caches_that_were_handed_out_stay_as_they_are(self, toy_folder, inputs, options) -> None:
         model, first, second = load(toy_folder), single(inputs, 0), single(inputs, 4)
         kept = run(model, first, **options)
-        held = [layer.keys.clone() for layer in kept.past_key_values.layers]
-        used = [int(layer.cumulative_length) for layer in kept.past_key_values.layers]
+        held = [layer.keys.clone() for layer in getattr(kept, CACHE).layers]
+        used = [int(layer.cumulative_length) for layer in getattr(kept, CACHE).layers]
         run(model, second, **options)
-        for keys, length, layer in zip(held, used, kept.past_key_values.layers, strict=True):
+        for keys, length, layer in zip(held, used, getattr(kept, CACHE).layers, strict=True):
             assert torch.equal(layer.keys, keys) and int(layer.cumulative_length) == length
 
     def test_what_cannot_be_recorded_runs_as_usual(self, toy_folder, inputs, options) -> None:
@@ -428,7 +429,7 @@ class TestRecorded:
             (lambda layers, graphs: setattr(layers[1].mlp, "layer_idx", 0), "writes to another part"),
             (lambda layers, graphs: setattr(layers[1], "forward", layers[1].forward), "has been replaced"),
             (lambda layers, graphs: setattr(layers[1], "__class__", AsksItsCache), "no attribute 'get_seq_length'"),
-            (lambda layers, graphs: setattr(layers[1], "__class__", AnotherSignature), "as past_key_values"),
+            (lambda layers, graphs: setattr(layers[1], "__class__", AnotherSignature), f"as {CACHE}"),
         ],
         ids=["compiler", "shared part", "own forward", "cache", "signature"],
     )

@@ -28,6 +28,7 @@ from tiny import (
 )
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from modeling_argenseg.cache_name import CACHE
 from modeling_argenseg.var_layers import Decoder
 
 SIZES = [side * side for side in SIDES]
@@ -175,7 +176,7 @@ class TestExact:
         first = generate(net, left_padded([PROMPTS[0]]), [SURE, GEN_START, DONE], **images_of(0))
         turn = left_padded([torch.cat([first.sequences, stream(DOG, CAT, 5)], dim=1)])
         fresh = generate(net, turn, [GEN_START, CAT, DONE], **images_of(0))
-        reused = generate(net, turn, [GEN_START, CAT, DONE], past_key_values=first.past_key_values)
+        reused = generate(net, turn, [GEN_START, CAT, DONE], **{CACHE: getattr(first, CACHE)})
         assert torch.equal(fresh.sequences, reused.sequences)
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg.cache_name import CACHE
 
 V1, V2 = FIRST_VISUAL, FIRST_VISUAL + CODES - 1  # the first and the last visual id
 LAST = tiny.WORDS[-1]  # a word whose id is above the visual ids
@@ -180,9 +181,7 @@ class TestAttention:
         whole = tiny.left_padded([tiny.stream(CAT, GEN_START, a, DONE, SURE, GEN_START, b, DONE)], extra=padding)
         at = padding + T + 3  # the second turn begins with SURE
         first = net(whole["input_ids"][:, :at], attention_mask=whole["attention_mask"][:, :at], use_cache=True)
-        second = net(
-            whole["input_ids"][:, at:], attention_mask=whole["attention_mask"], past_key_values=first.past_key_values
-        )
+        second = net(whole["input_ids"][:, at:], attention_mask=whole["attention_mask"], cache=getattr(first, CACHE))
         torch.testing.assert_close(second.logits, net(**whole).logits[:, at:], atol=1e-4, rtol=1e-4)
 
 

@@ -13,6 +13,7 @@ import tiny_scenes
 import torch
 from safetensors.torch import load_file
 
+from modeling_argenseg.cache_name import CACHE
 from processing import ARGenSegProcessor
 from trl_recipes import train_scenes
 from trl_recipes.metrics import SegmentationMetrics
@@ -70,7 +71,7 @@ def test_what_rows_share_and_a_head_at_the_answers_alone_change_no_gradient(
         assert [len(one.last_hidden_state) for one in read] == [2, rows, 8 - rows]
         assert [one.last_hidden_state.shape[1] for one in read] == [begun, length - begun, words - begun]
     else:  # no cache is filled for nothing
-        assert [one.past_key_values for one in read] == [None, None]
+        assert [getattr(one, CACHE) for one in read] == [None, None]
         assert {one.last_hidden_state.shape[1] for one in read} == {length, words}
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(torch.autograd.grad(loss, weights), expected, rtol=1e-3, atol=1e-5)
