@@ -30,7 +30,7 @@ lora: $(VENV)/.installed ## fine-tune MODEL on 64 drawn pictures with masks, abo
 	@echo
 	@echo "Look at $(OUTPUT)/land/before_after.png and $(OUTPUT)/land/learning_curve.png."
 
-bank: $(VENV)/.installed-$(if $(filter-out $(SKIP),furniture drawings),bank,train) ## download packages and build the bank of cut-outs for scenes (BANK=, SKIP="furniture ...")
+bank: $(VENV)/.installed-$(if $(filter furniture,$(SKIP)),train,bank) ## download packages and build the bank of cut-outs for scenes (BANK=, SKIP="furniture ...")
 	$(BIN)/python -m trl_recipes.scenes.build_bank --output $(BANK) $(addprefix --skip ,$(SKIP))
 	$(BIN)/python -m trl_recipes.scenes --bank $(BANK) --output $(BANK)/sheet.png
 	@echo
@@ -71,7 +71,7 @@ $(VENV)/.installed-train: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-bank: $(VENV)/.installed-train
-	@echo "installing vtk and resvg-py into $(VENV), which draw 3-D models and emoji (SKIP=\"furniture drawings\" does without) ..."
+	@echo "installing vtk into $(VENV), which draws the 3-D models (SKIP=furniture does without) ..."
 	$(INSTALL) --editable '.[bank]'
 	@touch $@
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from trl_recipes.bank_building import tables
 from trl_recipes.bank_building.sources import DRAWN_SETS
+from trl_recipes.scenes.bank import SPLITS
 
 STAMPS = "usr/share/tuxpaint/stamps/"
 RIGHTS = """Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -132,26 +133,25 @@ def some_emoji() -> list[str]:
 
 
 def drawn_emoji() -> list[str]:
-    """Two emoji for training and one for tests."""
-    splits = tables.splits()
-    trained = [code for code in tables.emoji() if splits[f"fl:{code}"] == "train" and "-fe0f" in code][:2]
-    return [*trained, next(code for code in tables.emoji() if splits[f"fl:{code}"] == "test")]
+    """Two emoji for training, and one of each other split."""
+    codes = {split: [code for code in tables.emoji() if tables.splits()[f"fl:{code}"] == split] for split in SPLITS}
+    trained = [code for code in codes["train"] if "-fe0f" in code][:2]
+    return [*trained, *(codes[split][0] for split in SPLITS if split != "train")]
 
 
 def drawn_set(name: str) -> dict[str, bytes]:
     """Squares in a set's own size; the second is an alias and cannot be drawn in the set "noto"."""
     square = '<path fill="#1e28dc" d="M4 4h24v12H4z"/>'
-    first, second, tested = drawn_emoji()
+    first, second, *kept_back = drawn_emoji()
     icons = {"a-square": {"body": square}, "other": {"body": square if name != "noto" else "<path", "width": 40}}
-    return {
-        "icons.json": json.dumps(
-            {"icons": icons, "aliases": {"alias": {"parent": "other", "hFlip": True}}, "width": 32, "height": 32}
-        ).encode(),
-        "chars.json": json.dumps(
-            {first.replace("-fe0f", ""): "a-square", second: "alias", tested: "a-square"}
-        ).encode(),
-        "info.json": json.dumps({"author": {"name": f"Maker of {name}"}, "license": {"title": "CC BY 4.0"}}).encode(),
+    aliases = {"alias": {"parent": "another"}, "another": {"parent": "other", "hFlip": True}}
+    names = {first.replace("-fe0f", ""): "a-square", second: "alias"} | dict.fromkeys(kept_back, "a-square")
+    files = {
+        "icons.json": {"icons": icons, "aliases": aliases, "width": 32, "height": 32},
+        "chars.json": names,
+        "info.json": {"author": {"name": f"Maker of {name}"}, "license": {"title": "CC BY 4.0"}},
     }
+    return {file: json.dumps(content).encode() for file, content in files.items()}
 
 
 def some_models() -> list[str]:

@@ -101,7 +101,7 @@ def main(options: list[str], ablations: AblationArguments, recipe: SceneArgument
             print(f"== {name}", flush=True)
             command = [sys.executable, "-m", "trl_recipes.train_scenes", *options, "--output_dir", str(folder)]
             if subprocess.run([*command, *VARIANTS[name].split()], check=False).returncode:
-                raise SystemExit(f"error: the run {name!r} failed; finished runs are kept: give the command again")
+                raise SystemExit(f"error: the run {name!r} failed; mend that and give the command again, which goes on")
         result = folder / "held_out.json"
         if not result.exists():
             result.write_text(json.dumps(held_out(folder, recipe, ablations.validation_scenes)))

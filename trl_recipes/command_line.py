@@ -1,33 +1,46 @@
-"""What the commands have in common: how they say what is wrong with their input, and what a model may be called."""
+"""What the commands have in common: how they say what is wrong with their input, and how a model is named."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OURS = ("modeling_argenseg", "processing", "trl_recipes")
 
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """A `ValueError`, which says what is wrong with the input, ends the command with one line instead of a traceback.
-
-    For what happens before the work begins: an error in the midst of it is the program's, and its traceback is wanted.
-    """
+    """A `ValueError` of this project's, which says what is wrong with the input, ends the command with one line instead
+    of a traceback. Those that come from deeper keep it: they say little without."""
     try:
         yield
     except ValueError as error:
+        if raised_by(error.__traceback__) not in OURS:
+            raise
         raise SystemExit(f"error: {error}") from error
 
 
-def check_model_name(name: str) -> None:
-    """Before transformers asks the Hub, again and again, for a folder that was mistyped.
+def raised_by(traceback: TracebackType | None) -> str:
+    """The top-level package whose code raised."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    name = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """For calls of `from_pretrained`. A mistyped folder is not asked for on the Hub, again and again.
 
     Raises:
-        ValueError: no model in the folder, or no such folder and the name has not the form OWNER/NAME of the Hub.
+        ValueError: there is no such folder, and the name has not the form OWNER/NAME of the Hub, or there is a folder
+            OWNER; or what is there cannot be read.
     """
-    if Path(name).is_dir():
-        if not Path(name, "config.json").is_file():
-            raise ValueError(f"the folder {name!r} holds no model: it has no config.json")
-    elif not HUB_NAME.fullmatch(name):
+    if not Path(name).is_dir() and (not HUB_NAME.fullmatch(name) or Path(name).parent.is_dir()):
         raise ValueError(f"no model folder {name!r}, and no name of the form OWNER/NAME on the Hub")
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {name!r}: {' '.join(str(error).split())}") from error

@@ -40,7 +40,7 @@ from accelerate.utils import parse_flag_from_env
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
-from .command_line import check_model_name
+from .command_line import loading
 from .evaluation.gallery import write_gallery
 from .evaluation.predictions import ModelPredictor, predict
 from .evaluation.report import check_settings, commit, fingerprint, hash_texts, versions, write_settings
@@ -169,11 +169,11 @@ def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
     """Model and processor of a folder or Hub name; checkpoints as released are read as they are.
 
     Raises:
-        ValueError: there is no such model, see `check_model_name`.
+        ValueError: there is no such model, see `loading`.
     """
-    check_model_name(name)
-    model = ARGenSegForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    processor = ARGenSegProcessor.from_pretrained(name)
+    with loading(name):
+        model = ARGenSegForConditionalGeneration.from_pretrained(name, dtype=dtype)
+        processor = ARGenSegProcessor.from_pretrained(name)
     if processor.visual_tokenizer is not None:
         processor.visual_tokenizer.to(device)
     return model.to(device).eval(), processor

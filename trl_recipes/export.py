@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 
 
 def store_in_half(path: Path, exact: str) -> None:
@@ -66,10 +66,10 @@ def export(
     Raises:
         ValueError: there is no such model, or its weights do not fit into half precision.
     """
-    check_model_name(str(source))
     output = Path(output)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(source)
+    with loading(str(source)):
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source)
     model.config.visual_tokenizer_config.name_or_path = ""  # no paths of the machine that trained it
     set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)
     if picture_logit_adjustment is not None:

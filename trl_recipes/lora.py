@@ -27,7 +27,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 import modeling_argenseg  # registers the Auto classes
 
 from .adapters import AdapterSizes, add_adapters, lora_config
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingTrainer
 from .export import set_picture_options
 from .help_format import Help
@@ -151,9 +151,9 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, it is of another kind, or without its visual tokenizer.
     """
-    check_model_name(recipe.model)
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
+    with loading(recipe.model):
+        processor = AutoProcessor.from_pretrained(recipe.model)
+        model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
     check_model(recipe.model, model, processor)
     recipe.set_search_steps(processor)
     if recipe.picture_logit_adjustment is not None:

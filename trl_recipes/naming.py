@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 from .evaluation.answers import draw, union
 from .help_format import Help
 from .mask_regions import MaskRegions, at_queries, mean_on_masks
@@ -130,12 +130,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     with errors_in_a_line():
-        check_model_name(args.model)
-        processor = ARGenSegProcessor.from_pretrained(args.model)
+        with loading(args.model):
+            processor = ARGenSegProcessor.from_pretrained(args.model)
+            model = ARGenSegForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
         words = WordList(SceneBank.from_folder(args.bank, "train"), token_side(processor.image_seq_length))
         bank = SceneBank.from_folder(args.bank, args.split)
         scenes = SceneDataset(bank, SceneConfig.preset(args.preset), 1, args.scenes)
-        model = ARGenSegForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     result = naming(model, processor, scenes, words)
     result |= {"marked": marked(model, processor, scenes), "drawn": drawn(model, processor, scenes)}
     print(", ".join(f"{key} {value:.3f}" for key, value in result.items()))

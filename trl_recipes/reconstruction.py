@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from processing import ARGenSegProcessor
 from processing.mask_inputs import load_mask
 
-from .command_line import check_model_name
+from .command_line import loading
 from .evaluate import add_task_arguments, open_task
 from .tasks import Samples, read_samples
 
@@ -77,9 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     if min(args.search_steps or [0]) < 0 or (args.limit is not None and args.limit < 1):
         raise SystemExit("error: --search-steps must be 0 or more, --limit 1 or more")
     try:
-        check_model_name(args.model)
         source = open_task(args)
-        processor: Any = ARGenSegProcessor.from_pretrained(args.model)
+        with loading(args.model):
+            processor: Any = ARGenSegProcessor.from_pretrained(args.model)
         visual_tokenizer = processor._require_visual_tokenizer()
         masks = target_masks(read_samples(source), args.limit)
     except (ValueError, OSError) as error:

@@ -37,7 +37,7 @@ from trl import (
 )
 
 from .adapters import lora_config
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 from .learning_curve import learning_curve
 from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics, report, save_merged, show_metrics
 from .mask_data import MaskCollator, tokenise_masks
@@ -69,15 +69,15 @@ def load_model(args: ModelConfig) -> tuple[Any, Any]:
     name = args.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model_name_or_path, a folder or a Hub name")
-    check_model_name(name)
-    processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        revision=args.model_revision,
-        dtype=args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype),
-        attn_implementation=args.attn_implementation,
-        quantization_config=get_quantization_config(args),
-    )
+    with loading(name):
+        processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=args.model_revision,
+            dtype=args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype),
+            attn_implementation=args.attn_implementation,
+            quantization_config=get_quantization_config(args),
+        )
     check_model(name, model, processor)
     return model, processor
 

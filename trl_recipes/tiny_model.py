@@ -16,6 +16,7 @@ from modeling_argenseg import (
 )
 from processing import ARGenSegProcessor
 
+from .command_line import loading
 from .pretrained_vision import load_efficientnet_lite0
 from .scenes import SceneDataset
 from .text_tokenizer import VISUAL_TOKEN, train_text_tokenizer
@@ -30,7 +31,8 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
     Raises:
         ValueError: the text tokenizer that the recipe names is for another codebook.
     """
-    visual_tokenizer = AutoModel.from_pretrained(recipe.visual_tokenizer, dtype=torch.float32)
+    with loading(recipe.visual_tokenizer):
+        visual_tokenizer = AutoModel.from_pretrained(recipe.visual_tokenizer, dtype=torch.float32)
     side = recipe.image_size or IMAGE_SIDE
     image_processor = GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},
@@ -41,7 +43,8 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
         lines, codes = conversation_lines(recipe, scenes), visual_tokenizer.config.vocab_size
         tokenizer = train_text_tokenizer(lines, recipe.text_vocab_size, codes, context=2048)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.text_tokenizer)
+        with loading(recipe.text_tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(recipe.text_tokenizer)
     return ARGenSegProcessor(image_processor, tokenizer, visual_tokenizer, image_seq_length=recipe.image_tokens)
 
 
@@ -166,7 +169,8 @@ def adopt_visual_tokenizer(
         ValueError: a scale has a side that the old tokenizer had not, or the visual tokens are not the tail of the
             vocabulary.
     """
-    new, old = AutoModel.from_pretrained(folder, dtype=torch.float32), processor.visual_tokenizer
+    with loading(folder):
+        new, old = AutoModel.from_pretrained(folder, dtype=torch.float32), processor.visual_tokenizer
     assert old is not None
     if all(torch.equal(a, b) for a, b in zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)):
         return model, rebuild_processor(processor, new)

@@ -28,7 +28,7 @@ from modeling_argenseg import (
 from processing import ARGenSegProcessor
 
 from .clock import Clock
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
@@ -226,14 +226,13 @@ def curriculum(presets: list[str], total: int) -> list[tuple[int, str]]:
 def load_or_build(
     recipe: SceneArguments, scenes: SceneDataset
 ) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
-    check_model_name(recipe.visual_tokenizer)
     if recipe.start_from is None:
         processor = build_processor(recipe, scenes)
         model = build_model(recipe, processor)
     else:
-        check_model_name(recipe.start_from)
-        processor = ARGenSegProcessor.from_pretrained(recipe.start_from)
-        model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
+        with loading(recipe.start_from):
+            processor = ARGenSegProcessor.from_pretrained(recipe.start_from)
+            model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
         model.model.vlm.vision_tower.trunk.requires_grad_(not recipe.freeze_trunk)

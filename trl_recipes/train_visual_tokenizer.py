@@ -36,7 +36,7 @@ from modeling_argenseg.code_search import STRETCH, edge_logits
 
 from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
-from .command_line import check_model_name, errors_in_a_line
+from .command_line import errors_in_a_line, loading
 from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
@@ -324,10 +324,10 @@ def round_to_half(model: VARTokenizer) -> None:
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
-        check_model_name(recipe.start_from)
+        with loading(recipe.start_from):
+            model = VARTokenizer.from_pretrained(recipe.start_from)
         if recipe.decoder_only or recipe.codes != "new":
-            return VARTokenizer.from_pretrained(recipe.start_from)
-        model = VARTokenizer.from_pretrained(recipe.start_from)
+            return model
         fresh = VARTokenizer(new_config(recipe))  # the codebook may have another size
         own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quantize.")}
         fresh.load_state_dict(own, strict=False)
@@ -365,6 +365,8 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
         raise ValueError("--codes keep or follow, and --decoder_only, go on from a tokenizer: give --start_from")
     if recipe.codes != "new" and recipe.autoencoder_steps:
         raise ValueError(f"--codes {recipe.codes} has no use for an autoencoder: give --autoencoder_steps 0")
+    if recipe.photos and not Path(recipe.photos).is_dir():
+        raise ValueError(f"--photos {recipe.photos!r} is no folder")
     training.remove_unused_columns = False
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)

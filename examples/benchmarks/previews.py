@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_argenseg import PartialPicture, PictureStreamer
-from trl_recipes.command_line import check_model_name, errors_in_a_line
+from trl_recipes.command_line import errors_in_a_line, loading
 from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,11 +90,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = make_parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     with errors_in_a_line():
-        check_model_name(args.model)
         bank = SceneBank.from_folder(args.bank, args.split)
         scenes = SceneDataset(bank, SceneConfig.preset(args.preset), args.seed, 2 * args.expressions, 4)
-        processor = AutoProcessor.from_pretrained(args.model)
-        model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
+        with loading(args.model):
+            processor = AutoProcessor.from_pretrained(args.model)
+            model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
     samples: list[Any] = []
     flat = flat_expressions(scenes, 4 * len(scenes))
     for index in range(len(flat)):

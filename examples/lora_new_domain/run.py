@@ -20,6 +20,7 @@ from draw_domain import write_domain
 from PIL import Image
 
 from trl_recipes import lora
+from trl_recipes.command_line import errors_in_a_line
 from trl_recipes.mask_data import load_mask_data
 from trl_recipes.mask_data.mask_values import union_of
 from trl_recipes.metrics import best_constant_mask
@@ -73,7 +74,8 @@ def run(model: str, output: Path, results: Path, train: int, validation: int, fu
     recipe, training = lora.make_parser().parse_args_into_dataclasses(words)
     resumed = bool(list(output.glob("checkpoint-*")))
     wall, cpu = time.perf_counter(), time.process_time()
-    trainer, sizes = lora.prepare(recipe, training)
+    with errors_in_a_line():
+        trainer, sizes = lora.prepare(recipe, training)
     lora.report(trainer, lora.train(trainer))
     minutes = {"wall": (time.perf_counter() - wall) / 60, "cpu": (time.process_time() - cpu) / 60}
     best = trainer.state.best_model_checkpoint

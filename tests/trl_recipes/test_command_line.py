@@ -1,10 +1,11 @@
 """A mistyped folder is told in one line by every command that takes a model."""
 
+import numpy as np
 import pytest
 
 from examples.benchmarks import previews
 from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, train_scenes, train_visual_tokenizer
-from trl_recipes.command_line import check_model_name, errors_in_a_line
+from trl_recipes.command_line import errors_in_a_line, loading
 
 
 def run_evaluate(model, bank, output):
@@ -69,9 +70,10 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_mistyped_model_is_told_in_a_line(command, bank_folder, tmp_path):
-    with pytest.raises(SystemExit, match="error: no model folder 'hub_cards/argenseg/tiny'"):
-        command("hub_cards/argenseg/tiny", str(bank_folder), str(tmp_path / "out"))
+@pytest.mark.parametrize("name", ["hub_cards/argenseg-tin", "hub_cards/argenseg/tiny", "nowhere"])
+def test_a_mistyped_model_is_told_in_a_line(command, name, bank_folder, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: no model folder '{name}'"):
+        command(name, str(bank_folder), str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", [run_naming, run_previews])
@@ -80,15 +82,34 @@ def test_so_is_a_mistyped_bank(command, tmp_path):
         command("hub_cards/argenseg-tiny", str(tmp_path / "bank"), str(tmp_path / "out"))
 
 
-def test_a_folder_without_a_model_is_not_taken_for_one(tmp_path):
-    with pytest.raises(ValueError, match="holds no model: it has no config.json"):
-        check_model_name(str(tmp_path))
+def test_and_a_spoiled_one(bank_folder, tmp_path):
+    for path in bank_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes() if path.suffix == ".parquet" else b"")
+    with pytest.raises(SystemExit, match=r"error: .*vocabulary\.json' is no JSON"):
+        run_naming("hub_cards/argenseg-tiny", str(tmp_path), "")
 
 
-def test_names_of_the_hub_pass():
-    check_model_name("inclusionAI/ARGenSeg-8B")
+def test_a_folder_without_a_model_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="error: cannot load .*model_type"):
+        run_export(str(tmp_path), "", str(tmp_path / "out"))
 
 
-def test_only_what_is_wrong_with_the_input_loses_its_traceback():
-    with pytest.raises(RuntimeError), errors_in_a_line():
-        raise RuntimeError("a fault of the program")
+def test_no_folder_of_photographs(bank_folder, tmp_path):
+    words = ["--bank", str(bank_folder), "--output_dir", str(tmp_path / "out"), "--photos", str(tmp_path / "photos")]
+    with pytest.raises(SystemExit, match="error: --photos .* is no folder"):
+        train_visual_tokenizer.main(*train_visual_tokenizer.make_parser().parse_args_into_dataclasses(words))
+
+
+def test_names_of_the_hub_are_asked_for_there():
+    with (
+        pytest.raises(ValueError, match=r"cannot load 'inclusionAI/ARGenSeg-8B': offline$"),
+        loading("inclusionAI/ARGenSeg-8B"),
+    ):
+        raise OSError("offline")
+
+
+def test_only_what_the_project_says_of_its_input_loses_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), errors_in_a_line():
+        int("seven")
+    with pytest.raises(ValueError, match="could not be broadcast"), errors_in_a_line():
+        np.zeros(2) + np.zeros(3)

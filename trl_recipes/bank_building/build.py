@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..scenes.bank import SPLITS, SceneBank
 from . import tables
 from .packages import PackageError, fetch, unpack, version
-from .sources import SOURCES, Source, Workplace
+from .sources import DRAWN_SETS, SOURCES, Source, Workplace
 
 RECIPE = "1"  # raise it when pictures come out differently: finished stages are then made anew
 FINGERPRINT, PROBLEMS = b"bank_building", b"problems"
@@ -128,7 +128,9 @@ def _check(output: Path) -> None:
     rows = pq.read_table(output / "sprites.parquet", columns=["noun", "id", "split"]).to_pylist()
     where: dict[str, set[str]] = {}
     for row in rows:
-        where.setdefault(row["id"], set()).add(row["split"])
+        source, _, name = row["id"].partition(":")
+        known = f"fl:{name}" if source in DRAWN_SETS else row["id"]  # one emoji, whoever draws it
+        where.setdefault(known, set()).add(row["split"])
     shared = sorted(one for one, splits in where.items() if len(splits) > 1)
     unseen = {row["noun"] for row in rows if row["split"] == "unseen"}
     leaked = sorted(unseen & {row["noun"] for row in rows if row["split"] != "unseen"})

@@ -20,6 +20,7 @@ from . import tables
 from .pictures import SPRITE_SIDE, cut_out
 from .sources import DRAWN_SETS, UNREADABLE, Row, Workplace, reason, sprite_row
 
+OUTLINED = ("openmoji",)  # in black, whatever colour a small thing has
 ALL_KINDS = "-fe0f"  # asks for a coloured emoji; not all sets write it
 
 
@@ -31,7 +32,7 @@ def drawing_rows(work: Workplace) -> Iterator[Row]:
     """
     if find_spec("resvg_py") is None:
         raise ValueError(
-            "Drawing emoji needs resvg-py. Install it (`pip install 'argenseg[bank]'`), or pass --skip drawings."
+            "Drawing emoji needs resvg-py. Install it (`pip install 'argenseg[train]'`), or pass --skip drawings."
         )
     splits = tables.splits()
     wanted = {code: noun for code, noun in tables.emoji().items() if splits[f"fl:{code}"] == "train"}
@@ -46,7 +47,10 @@ def drawing_rows(work: Workplace) -> Iterator[Row]:
                 work.problems.append(f"{name} {code}: {reason(error)}")
                 continue
             origin = (f"{package}/{called}", about["author"]["name"], about["license"]["title"])
-            yield sprite_row(picture, noun, f"{name}:{code}", name, origin, photo=False, split="train")
+            row = sprite_row(picture, noun, f"{name}:{code}", name, origin, photo=False, split="train")
+            if name in OUTLINED and row["color"] == "black":
+                row["color"] = None
+            yield row
 
 
 def draw(icons: dict[str, Any], name: str | None) -> Image.Image:
@@ -57,8 +61,9 @@ def draw(icons: dict[str, Any], name: str | None) -> Image.Image:
     """
     import resvg_py
 
-    if name is not None and name not in icons["icons"]:
-        name = icons.get("aliases", {}).get(name, {}).get("parent")  # may be mirrored, which changes nothing here
+    aliases = icons.get("aliases", {})
+    while name in aliases:
+        name = aliases[name]["parent"]  # may be mirrored, which changes nothing here
     icon = icons["icons"].get(name)
     if icon is None:
         raise ValueError("it is not in the package")

@@ -191,7 +191,10 @@ def _read_vocabulary(path: Path) -> dict[str, Any]:
             f"The scene bank has no file {path.name!r} in {str(path.parent)!r}. Build the bank first, or write a JSON "
             f"object with the keys {', '.join(VOCABULARY_KEYS)}."
         )
-    vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no JSON ({error}); build the bank anew.") from error
     missing = [key for key in VOCABULARY_KEYS if key not in vocabulary]
     if missing:
         raise ValueError(f"{str(path)!r} lacks the key(s) {', '.join(missing)}; add them (an empty object will do).")

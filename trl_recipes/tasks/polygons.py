@@ -24,7 +24,7 @@ def paint_polygon(canvas: np.ndarray, corners: Sequence[Corner], value: int) -> 
     edges = [sorted(pair, key=_row) for pair in zip(corners, ends, strict=True)]
     tops, bottoms = np.array([top for top, _ in edges]).T, np.array([bottom for _, bottom in edges]).T
     # in units of 1 / 65536 pixel, the step from row to row rounded towards zero, as OpenCV computes
-    step = np.fix((bottoms[0] - tops[0]) * ONE / np.maximum(bottoms[1] - tops[1], 1)).astype(np.int64)
+    step = np.trunc((bottoms[0] - tops[0]) * ONE / np.maximum(bottoms[1] - tops[1], 1)).astype(np.int64)
     for row in range(max(0, int(tops[1].min())), min(len(canvas) - 1, int(bottoms[1].max())) + 1):
         crossed = (tops[1] <= row) & (row < bottoms[1])
         found = np.sort(tops[0][crossed] * ONE + (row - tops[1][crossed]) * step[crossed])

@@ -1,16 +1,19 @@
 """A bank from tiny packages: what is in it, what is told, and how a second run goes on."""
 
 import io
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_packages import drawn_emoji, some_emoji, some_models, some_stamps, write_npm, write_packages
 
-from trl_recipes.bank_building import drawings, rooms, tables
-from trl_recipes.bank_building.build import build_bank
+from trl_recipes.bank_building import drawings, rooms, sources, tables
+from trl_recipes.bank_building.build import _check, build_bank
+from trl_recipes.bank_building.packages import unpack
 from trl_recipes.bank_building.sources import DRAWN_SETS
 from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset
 from trl_recipes.scenes.build_bank import main
@@ -55,10 +58,11 @@ def test_sprites(built: tuple[Path, str]) -> None:
 
 
 def test_drawings_are_of_training_emoji_alone(built: tuple[Path, str]) -> None:
-    first, second, tested = drawn_emoji()
+    first, second, *kept_back = drawn_emoji()
     drawn = {row["id"]: row for row in rows(built[0], "sprites") if row["src"] in DRAWN_SETS}
     assert set(drawn) == {f"{name}:{code}" for name in DRAWN_SETS for code in (first, second)} - {f"noto:{second}"}
-    assert {row["split"] for row in drawn.values()} == {"train"} and tables.splits()[f"fl:{tested}"] == "test"
+    assert {row["split"] for row in drawn.values()} == {"train"}
+    assert {tables.splits()[f"fl:{code}"] for code in kept_back} == {"val", "test", "unseen"}
     row = drawn[f"openmoji:{second}"]
     assert (row["noun"], row["color"], row["photo"]) == (tables.emoji()[second], "blue", False)
     assert (row["file"], row["author"], row["lic"]) == (
@@ -69,6 +73,30 @@ def test_drawings_are_of_training_emoji_alone(built: tuple[Path, str]) -> None:
     assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (120, 60)  # of 200 pixels for 40 units
     trained = [code for code in tables.emoji() if tables.splits()[f"fl:{code}"] == "train"]
     assert f"drawings            7      {4 * len(trained) - 7}" in built[1]
+
+
+def test_black_of_outlines_is_no_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "color_name", lambda picture: "black")
+    archives = write_packages(tmp_path / "packages")
+    source = next(one for one in sources.SOURCES if one.name == "drawings")
+    unpacked = {one.name: unpack(one, one.archive(archives), tmp_path / "unpacked") for one in source.packages}
+    colors = {(row["src"], row["color"]) for row in source.rows(sources.Workplace(unpacked, tmp_path))}
+    assert colors == {(name, None if name == "openmoji" else "black") for name in DRAWN_SETS}
+
+
+def test_an_emoji_in_two_splits_is_found_in_whatever_style(built: tuple[Path, str], tmp_path: Path) -> None:
+    for name in ("sprites.parquet", "backgrounds.parquet", "vocabulary.json"):
+        shutil.copy(built[0] / name, tmp_path)
+    table = pq.read_table(tmp_path / "sprites.parquet")
+    leaked = [
+        row | {"id": row["id"].replace("noto:", "fl:"), "split": "test"}
+        for row in table.to_pylist()
+        if row["src"] == "noto"
+    ]
+    both = pa.concat_tables([table, pa.Table.from_pylist(leaked, schema=table.schema)])
+    pq.write_table(both, tmp_path / "sprites.parquet")
+    with pytest.raises(ValueError, match="Identities in two splits: \\['fl:"):
+        _check(tmp_path)
 
 
 def test_drawings_need_resvg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
