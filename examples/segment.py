@@ -29,6 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 from processing import load_image
+from trl_recipes.command_line import HUB_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "hub_cards/argenseg-tiny"
@@ -108,7 +109,7 @@ def find_model(name: str) -> str:
     for folder in (Path(name), ROOT / name):
         if folder.is_dir():
             return str(folder)
-    if not re.fullmatch(r"(?!hub_cards/)[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not HUB_NAME.fullmatch(name) or (ROOT / name).parent.is_dir():
         raise InputError(f"no model folder {name!r}; name one with --model")
     return name
 

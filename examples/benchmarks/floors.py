@@ -1,9 +1,10 @@
 """How near one prompt is to the limit of the hardware: weights have to be read once a pass, at the memory's speed."""
 
-import time
 from typing import Any
 
 import torch
+
+from .stopwatch import now
 
 
 def copy_bandwidth(device: torch.device, megabytes: int = 512, times: int = 5) -> float:
@@ -12,13 +13,9 @@ def copy_bandwidth(device: torch.device, megabytes: int = 512, times: int = 5) -
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(times + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
+        begin = now(device)
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, now(device) - begin)
     return 2 * source.numel() / best
 
 

@@ -44,8 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import cases, modes
 from benchmarks.floors import copy_bandwidth
-from benchmarks.gpu_report import PARTS, Parts, Report, now, times
-from benchmarks.stopwatch import peak_memory
+from benchmarks.gpu_report import PARTS, Parts, Report, times
+from benchmarks.stopwatch import now, peak_memory
 from modeling_argenseg.cache_name import CACHE
 from modeling_argenseg.recordings import Home, Recording, write_to
 from modeling_argenseg.static_steps import rounded_up

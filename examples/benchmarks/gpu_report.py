@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import cases
+from .stopwatch import now
 
 PARTS = ("vision", "prefill", "drawing", "decoder")
 
@@ -94,12 +95,6 @@ class Parts:
             return result
 
         return timed
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def times(run: Callable[[], Any], device: torch.device, count: int, warm: int = 1) -> list[float]:

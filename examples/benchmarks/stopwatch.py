@@ -12,6 +12,13 @@ import torch
 PARTS = ("vision", "prefill", "text", "scales", "text head", "visual head", "decoder", "rest")
 
 
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Stopwatch:
     """Seconds that each part of a model takes, between `start` and `stop`.
 
@@ -41,7 +48,7 @@ class Stopwatch:
 
     def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = self.now()
+            begin = now(self.device)
             result = call(*args, **kwargs)
             self._book(part, begin)
             return result
@@ -62,7 +69,7 @@ class Stopwatch:
         began: list[tuple[str, float]] = []
 
         def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-            began.append((name(args, kwargs), self.now()))
+            began.append((name(args, kwargs), now(self.device)))
 
         def after(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             self._book(*began.pop())
@@ -71,19 +78,14 @@ class Stopwatch:
         self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
     def _book(self, part: str, begin: float) -> None:
-        self.seconds[part] = self.seconds.get(part, 0.0) + self.now() - begin
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now(self.device) - begin
 
     def time(self, run: Callable[[], Any]) -> dict[str, float]:
         """Seconds of each of PARTS, and "total", of one run."""
         self.seconds = {}
-        begin = self.now()
+        begin = now(self.device)
         run()
-        total = self.now() - begin
+        total = now(self.device) - begin
         parts = {part: self.seconds.get(part, 0.0) for part in PARTS}
         return parts | {"rest": total - sum(parts.values()), "total": total}
 

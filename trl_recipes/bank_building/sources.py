@@ -162,7 +162,7 @@ def reason(error: Exception) -> str:
 
 
 def _drawing_rows(work: Workplace) -> Iterator[Row]:
-    from .drawings import drawing_rows  # needs resvg-py
+    from .drawings import drawing_rows  # which imports from here
 
     return drawing_rows(work)
 
