@@ -53,8 +53,29 @@ class PrefillMixin:
             model_kwargs=model_kwargs,
             pad_id=pad_id,
             draft_after=input_ids.new_empty(0),
+            given=self._given(model_kwargs.pop("picture_prefix", None), batch, input_ids.device),
             logprobs=[[] for _ in range(batch)],
         )
+
+    def _given(self, prefix: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+        """`picture_prefix` as codes (B, t), t = 0 without one."""
+        if prefix is None:
+            return torch.empty(batch, 0, dtype=torch.long, device=device)
+        sides = self.config.patch_nums
+        whole = [sum(side * side for side in sides[: count + 1]) for count in range(len(sides))]
+        prefix = torch.as_tensor(prefix, device=device)
+        if prefix.ndim != 2 or prefix.shape[0] != batch or prefix.shape[1] not in whole[:-1]:
+            raise ValueError(
+                f"picture_prefix must be ({batch}, t): for each prompt the codebook indices of the first whole scales, "
+                f"t one of {whole[:-1]}; got the shape {tuple(prefix.shape)}"
+            )
+        size = self.config.visual_vocab_size
+        if prefix.is_floating_point() or bool(((prefix < 0) | (prefix >= size)).any()):
+            raise ValueError(
+                f"picture_prefix must hold codebook indices, 0 to {size - 1}; from token ids subtract "
+                f"visual_token_offset = {self.config.visual_token_offset}"
+            )
+        return prefix.long()
 
     def _draft(
         self,

@@ -28,6 +28,7 @@ class Rows:
     model_kwargs: dict[str, Any]
     pad_id: int
     draft_after: torch.Tensor  # (m,) text that is expected to follow a picture
+    given: torch.Tensor  # (B, t) codes of the first scales of each row's first picture, that need not be drawn
     logprobs: list[list[torch.Tensor]] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -45,6 +46,14 @@ class Rows:
     def for_all(self, per_row: torch.Tensor) -> torch.Tensor:
         """A value per row asked for (B, ...) to one per row run (R, ...)."""
         return torch.cat([per_row] * self.copies)
+
+    def draws_given(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Tokens chosen for one scale (B, l), which begins at token `start` of its picture; given ones instead."""
+        end = start + tokens.shape[1]
+        if end > self.given.shape[1]:
+            return tokens
+        first = torch.tensor([not pictures for pictures in self.logprobs], device=tokens.device)
+        return torch.where(first[:, None], self.given[:, start:end], tokens)
 
     def append(self, ids: torch.Tensor, active: torch.Tensor) -> None:
         """New columns `ids` (R, l); rows that are not `active` (B,) will not attend to them."""

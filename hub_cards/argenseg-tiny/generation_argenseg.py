@@ -67,6 +67,9 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
     Args:
         encoded_image (`EncodedImage`, *optional*): what `encode_image` returned, if all prompts are about that image;
             `pixel_values` are not needed then.
+        picture_prefix (`torch.LongTensor`, *optional*): codebook indices (B, t) of the first whole scales of each row's
+            first picture, as `processor.encode_masks(masks)[:, :t]` makes them. They are read instead of drawn, so that
+            the model goes on from a coarse picture; its score counts them as if it had drawn them.
         picture_guidance_scale (`float`, defaults to 0): classifier-free guidance g of pictures, as released: at
             scale s of K (0-based) the logits are (1 + t) conditional - t unconditional with t = g s / (K - 1).
             Needs `negative_input_ids` (and `negative_attention_mask`), the unconditional prompts (B, L').
@@ -160,9 +163,10 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         negative_input_ids: torch.Tensor | None = None,
         negative_attention_mask: torch.Tensor | None = None,
         encoded_image: EncodedImage | None = None,
+        picture_prefix: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        # all three have been used up by now; named here so that `generate` lets them pass
+        # all four have been used up by now; named here so that `generate` lets them pass
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         mask, cache, ids = kwargs.get("attention_mask"), inputs.get(CACHE), inputs.get("input_ids")
         if ids is not None and cache is not None and cache.is_compileable and self.config.scale_attention == "block":

@@ -46,7 +46,7 @@ class DrawingMixin:
                 else:
                     hidden = self._scale_step(rows, queries, scale, generation_config)
                 logits = self.visual_logits(hidden[:, : queries.shape[1]]).float()
-            tokens, chosen = self._choose_visual(logits, scale, generation_config, rows.copies)
+            tokens, chosen = self._choose_visual(logits, scale, generation_config, rows)
             drawn.append(tokens)
             logprobs.append(chosen)
             self._show(rows, drawn, count, streamer)
@@ -120,10 +120,10 @@ class DrawingMixin:
         return graphs
 
     def _choose_visual(
-        self, logits: torch.Tensor, scale: int, generation_config: GenerationConfig, copies: int
+        self, logits: torch.Tensor, scale: int, generation_config: GenerationConfig, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codebook indices and their log-probabilities, both (B, l), from logits (R, l, V)."""
-        if copies == 2:
+        """Codebook indices, drawn or given, and their log-probabilities, both (B, l), from logits (R, l, V)."""
+        if rows.copies == 2:
             conditional, unconditional = logits.chunk(2)
             t = generation_config.picture_guidance_scale * scale / max(len(self.config.patch_nums) - 1, 1)
             logits = (1 + t) * conditional - t * unconditional
@@ -138,6 +138,7 @@ class DrawingMixin:
             tokens = torch.multinomial(flat.softmax(-1), num_samples=1).view(logits.shape[:2])
         else:
             tokens = preferred.argmax(-1)
+        tokens = rows.draws_given(tokens, sum(side * side for side in self.config.patch_nums[:scale]))
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
     def _show(self, rows: Rows, drawn: list[torch.Tensor], count: int, streamer: Any) -> None:
