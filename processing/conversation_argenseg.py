@@ -48,6 +48,17 @@ def collect_contents(conversations: list[list[dict]]) -> tuple[list[list], list[
     return image_rows, [[] for _ in conversations], [], extra
 
 
+def with_image(conversation: list[dict], image: Any) -> list[dict]:
+    """The same conversation about another image, which takes the place of every image in it."""
+    replaced = []
+    for message in conversation:
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [{"type": "image", "image": image} if one["type"] == "image" else one for one in content]
+        replaced.append({**message, "content": content})
+    return replaced
+
+
 def _source_of(block: dict) -> list:
     sources = [block[key] for key in SOURCES[block["type"]] if block.get(key) is not None]
     if len(sources) > 1:

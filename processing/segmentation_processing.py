@@ -130,13 +130,8 @@ class SegmentationProcessingMixin:
             ValueError: a sequence was cut inside a picture, or holds visual tokens outside of a picture; sizes,
                 labels or scores do not fit the rows.
         """
-        sequences = outputs if isinstance(outputs, (torch.Tensor, np.ndarray, list)) else outputs.sequences
-        rows = [np.asarray(torch.as_tensor(row).cpu()) for row in sequences]
-        if any(row.ndim != 1 for row in rows):
-            raise ValueError("sequences must be (B, L): one row of token ids per answer")
-        sizes = _sizes(target_sizes, len(rows))
-        previews = [] if stop_at_scale is None else [self.whole_scales[stop_at_scale - 1]]
-        answers = [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
+        answers = self._read_answers(outputs, prompt_length, stop_at_scale)
+        sizes = _sizes(target_sizes, len(answers))
         counts = [len(pictures) for _, pictures in answers]
         label_rows = _label_rows(labels, counts)
         score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
@@ -146,6 +141,25 @@ class SegmentationProcessingMixin:
             segments = [{"label": label, "mask": mask, "score": score} for label, mask, score in zip(*row, strict=True)]
             results.append({"text": text, "segments": segments})
         return results
+
+    def read_pictures(
+        self, outputs: Any, prompt_length: int | None = None, stop_at_scale: int | None = None
+    ) -> list[list[torch.Tensor]]:
+        """The codebook indices (T,) of every picture of every row; arguments and errors as those of
+        `post_process_segmentation`, which makes masks of them."""
+        answers = self._read_answers(outputs, prompt_length, stop_at_scale)
+        return [[torch.from_numpy(codes) for codes in pictures] for _, pictures in answers]
+
+    def _read_answers(
+        self, outputs: Any, prompt_length: int | None, stop_at_scale: int | None
+    ) -> list[tuple[str, list[np.ndarray]]]:
+        """Of every row its text, and the codebook indices of each picture it draws."""
+        sequences = outputs if isinstance(outputs, (torch.Tensor, np.ndarray, list)) else outputs.sequences
+        rows = [np.asarray(torch.as_tensor(row).cpu()) for row in sequences]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError("sequences must be (B, L): one row of token ids per answer")
+        previews = [] if stop_at_scale is None else [self.whole_scales[stop_at_scale - 1]]
+        return [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
 
     def _decode_rows(self, rows: list[list[np.ndarray]], sizes: list, threshold: float) -> list[list[np.ndarray]]:
         """The codebook indices of every picture of every row -> bool masks, decoded together."""

@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N samples (of closed vocabularies: images), for a try")
     add("--batch-size", type=int, default=16, metavar="N", help="samples answered together (default: 16)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
+    add("--zoom", action="store_true", help="draw every mask again from nearer: finer, slower, and not the paper's way")
     add("--max-new-tokens", type=int, metavar="N", help="text tokens an answer may have; pictures do not count")
     add(
         "--cpu-threads", type=int, default=1, metavar="N", help="threads of each process on a CPU (default: 1; sums of "
@@ -70,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=1000, metavar="N", help="repeats for confidence intervals (default: 1000)")
     add("--seed", type=int, default=0, help="of the confidence intervals; answers are greedy (default: 0)")
     add("--gallery", type=int, default=12, metavar="N", help="worst and best answers to show (default: 12, 0: no page)")
-    add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL")
+    add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL(-zoom)")
     add("--overwrite", action="store_true", help="begin anew, and delete the predictions in the output folder")
     return parser
 
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     task = source.task
     samples, class_names = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
-    folder = args.output or default_output(args.model, source)
+    folder = args.output or default_output(args.model, source, args.zoom)
     if state.device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
     model, processor = load_model(args.model, args.dtype, state.device)
@@ -137,8 +138,8 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     if len(store) and state.is_main_process:
         print(f"going on: {len(store)} predictions are there already", file=sys.stderr)
     store.open_for(state.process_index)
-    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
-    predictor = ModelPredictor.for_task(model, processor, task, source.protocol, **limits)
+    options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    predictor = ModelPredictor.for_task(model, processor, task, source.protocol, zoom=args.zoom, **options)
     rank, processes = state.process_index, state.num_processes
     predict(predictor, samples, store, args.batch_size, rank, processes, progress=state.is_main_process)
     store.close()
@@ -187,9 +188,10 @@ def _option(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def default_output(model: str, source: Source) -> Path:
+def default_output(model: str, source: Source, zoom: bool = False) -> Path:
     name = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
-    return Path("outputs/evaluation") / name / f"{source.task.name}-{source.split}-{source.protocol}"
+    run_name = f"{source.task.name}-{source.split}-{source.protocol}" + ("-zoom" if zoom else "")
+    return Path("outputs/evaluation") / name / run_name
 
 
 def start_folder(folder: Path, overwrite: bool) -> None:
@@ -224,6 +226,7 @@ def run_settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
+        "zoom": args.zoom,
         "device": device.type,
         "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
     }
@@ -258,7 +261,7 @@ def report(
     _write(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lines = [json.dumps({"id": name, "score": value}) + "\n" for name, value in scores.values]
     _write(folder / "scores.jsonl", "".join(lines))
-    title = f"{args.model} on {task.name}, {source.split}, {source.protocol}"
+    title = f"{args.model} on {task.name}, {source.split}, {source.protocol}" + (", zooming in" if args.zoom else "")
     summary = summarise(result)
     print("\n".join([title, *("  " + line for line in summary), f"  written to {folder / 'result.json'}"]))
     if args.gallery:

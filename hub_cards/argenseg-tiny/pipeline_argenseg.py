@@ -3,6 +3,7 @@
     pipe = pipeline("image-segmentation", model=path)
     pipe(image, text="the red mug")             # [{"label", "score", "mask"}], empty where nothing is drawn
     pipe(image, text=["the mug", "the spoon"])  # the image is encoded once; labels tell the prompts apart
+    pipe(image, text="the red mug", zoom=True)  # finer, for more time
     pipe([image, other], text=["the mug", ["the cup", "the spoon"]], batch_size=8)  # prompts image by image
 
 A request is one image with one prompt; `batch_size` counts requests. Image features are kept until the last request of
@@ -26,6 +27,7 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .image_inputs import load_image
+from .zoom import zoom_in
 
 MULTI_MASK = ("union", "instances")
 PROMPTS_TOGETHER = 8  # prompts of one image that are answered at once where no batch size is given
@@ -73,6 +75,7 @@ class ARGenSegPipeline(Pipeline):
         multi_mask: str | None = None,
         threshold: float | None = None,
         mask_threshold: float | None = None,
+        zoom: bool | None = None,
         generate_kwargs: dict | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
@@ -88,7 +91,8 @@ class ARGenSegPipeline(Pipeline):
             forward["mask_threshold"] = mask_threshold
         postprocess = {"multi_mask": multi_mask, "threshold": threshold}
         given = {name: value for name, value in postprocess.items() if value is not None}
-        return {} if text is None else {"text": text}, forward, given
+        preprocess = {"text": text, "zoom": zoom}
+        return {name: value for name, value in preprocess.items() if value is not None}, forward, given
 
     def __call__(self, inputs: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """Segment images by prompts.
@@ -102,6 +106,8 @@ class ARGenSegPipeline(Pipeline):
                 them, its score their mean; `"instances"` returns each.
             threshold: masks with a lower score are left out. Default 0: none is.
             mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
+            zoom: draw every mask again from nearer, which makes it finer and takes two to three times as long; see
+                `zoom_in`. Default False.
             generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
             batch_size: requests (image and prompt) that are answered together. Default: the prompts of one image, at
                 most 8 at once.
@@ -163,12 +169,13 @@ class ARGenSegPipeline(Pipeline):
         for picture in pending:
             yield self.postprocess(picture, **postprocess_params)
 
-    def preprocess(self, item: Mapping, text: str | list[str] | None = None) -> dict[str, Any]:
+    def preprocess(self, item: Mapping, text: str | list[str] | None = None, zoom: bool = False) -> dict[str, Any]:
         """One image and its prompts.
 
         Returns:
             `pixel_values` (tiles, 3, H, W), `input_ids` (one tensor (L,) for each prompt), `labels` (the prompts),
             `size` (height, width) of the upright image, and `answers`, empty, to be filled in the order of the prompts.
+            To zoom in also `conversations`, one for each prompt.
         """
         prompts = text if item.get("text") is None else item["text"]
         if prompts is None:
@@ -185,7 +192,8 @@ class ARGenSegPipeline(Pipeline):
         rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
         input_ids = [ids[kept] for ids, kept in rows]
         tiles = len(inputs["pixel_values"]) // len(prompts)  # every conversation has brought its own, all the same
-        return picture | {"input_ids": input_ids, "pixel_values": inputs["pixel_values"][:tiles]}
+        picture |= {"input_ids": input_ids, "pixel_values": inputs["pixel_values"][:tiles]}
+        return picture | {"conversations": conversations} if zoom else picture
 
     def _answer(self, requests: list[tuple[dict, int]], forward_params: dict) -> None:
         """Answers requests (image, number of its prompt) together; appends to each image's `answers`."""
@@ -206,8 +214,18 @@ class ARGenSegPipeline(Pipeline):
             prompt_length=inputs["input_ids"].shape[1],
             stop_at_scale=options.get("picture_stop_at_scale"),
         )
+        if "conversations" in requests[0][0]:
+            answers = self._zoom_in(requests, answers, threshold, options)
         for (picture, _), answer in zip(requests, answers, strict=True):
             picture["answers"].append(answer["segments"])
+
+    def _zoom_in(
+        self, requests: list[tuple[dict, int]], answers: list[dict], threshold: float, options: dict[str, Any]
+    ) -> list[dict]:
+        conversations = [picture["conversations"][number] for picture, number in requests]
+        options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
+        with self.device_placement(), self.get_inference_context()():
+            return zoom_in(self.model, self.processor, conversations, answers, threshold, **options)
 
     def _encode(self, pictures: list[dict]) -> None:
         """Image `features`, one tensor (tokens, hidden) a tile, for those images that have none yet, all at once."""

@@ -106,6 +106,16 @@ def test_bfloat16(segment: ModuleType, toy_folder: Path, toy_image: Path, tmp_pa
     assert json.loads((tmp_path / "result.json").read_text())["prompts"][0]["drawn"]
 
 
+def test_zoom(segment: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the default model: views are cut from the photograph, and what it draws of them is another mask."""
+    masks = []
+    for options in ([], ["--zoom"]):
+        assert segment.main([str(ROOT / "examples/sheep.jpg"), "the sheep", "--output", str(tmp_path), *options]) == 0
+        masks.append(np.asarray(Image.open(tmp_path / "mask_0.png")) > 0)
+        assert (tmp_path / "scales.png").exists() and "the sheep" in capsys.readouterr().out
+    assert 0.8 < (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() < 1
+
+
 def test_answer_cut_short(segment: ModuleType, toy_folder: Path, toy_image: Path, tmp_path: Path) -> None:
     arguments = [str(toy_image), "the left square", "--model", str(toy_folder), "--output", str(tmp_path)]
     assert segment.main([*arguments, "--max-new-tokens", "1"]) == 0

@@ -127,3 +127,11 @@ def test_what_goes_in_comes_out(processor, image, mask):
     )
     assert answer["text"] == "Sure, the segmentation result: ."
     assert np.array_equal(answer["segments"][0]["mask"], mask)
+
+
+def test_read_pictures(processor, streams):
+    rows = processor.read_pictures(streams(["Sure: ", 7, "."], ["Nothing."], [0, " and ", 7]))
+    assert [[one.unique().tolist() for one in row] for row in rows] == [[[7]], [], [[0], [7]]]
+    assert all(one.shape == (T,) and one.dtype == torch.long for row in rows for one in row)
+    with pytest.raises(ValueError, match="answer 0: "):
+        processor.read_pictures(streams([7])[:, :-1])

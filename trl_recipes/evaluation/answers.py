@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from processing import zoom_in
+
 from ..metrics import SegmentationMetrics
 
 
@@ -17,6 +19,7 @@ def answer(
     conversations: Sequence[list[dict[str, Any]]],
     sizes: Sequence[tuple[int, int]],
     labels: Sequence[str],
+    zoom: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Answers (`text`, `segments`) to conversations, as one batch.
@@ -24,15 +27,17 @@ def answer(
     Args:
         sizes: (height, width) of the masks of each.
         labels: what the masks of each are called.
+        zoom: whether masks are drawn again from nearer, see `zoom_in`.
         options: of `generate`.
     """
     inputs = processor.apply_chat_template(
         list(conversations), tokenize=True, return_dict=True, add_generation_prompt=True
     ).to(model.device, model.dtype)
     outputs = model.generate(**inputs, return_dict_in_generate=True, **options)
-    return processor.post_process_segmentation(
+    answers = processor.post_process_segmentation(
         outputs, target_sizes=list(sizes), labels=list(labels), prompt_length=inputs["input_ids"].shape[1]
     )
+    return zoom_in(model, processor, conversations, answers, **options) if zoom else answers
 
 
 def draw(model: Any, processor: Any, samples: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
@@ -49,13 +54,16 @@ def union(answer: dict[str, Any]) -> np.ndarray | None:
 
 
 def evaluate_expressions(
-    model: Any, processor: Any, samples: Any, batch_size: int = 32, progress: bool = False
+    model: Any, processor: Any, samples: Any, batch_size: int = 32, progress: bool = False, **options: Any
 ) -> dict[str, float]:
-    """Metrics over samples with `image`, `text`, `kind` and `mask` (H, W), in memory; see `SegmentationMetrics`."""
+    """Metrics over samples with `image`, `text`, `kind` and `mask` (H, W), in memory; see `SegmentationMetrics`.
+
+    `options` are those of `answer`.
+    """
     model.eval()
     metrics = SegmentationMetrics()
     for start in tqdm(range(0, len(samples), batch_size), desc="drawing", disable=not progress):
         batch = [samples[i] for i in range(start, min(start + batch_size, len(samples)))]
-        for sample, found in zip(batch, draw(model, processor, batch), strict=True):
+        for sample, found in zip(batch, draw(model, processor, batch, **options), strict=True):
             metrics.add(union(found), sample["mask"], sample["kind"])
     return metrics.compute()

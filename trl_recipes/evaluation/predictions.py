@@ -23,7 +23,7 @@ class ModelPredictor:
     Attributes:
         prompt: with `{text}` (the sample's) or `{request}` (the model's own wording of a request for it).
         prompts_of_kinds: kind -> prompt, where samples of a kind have their own.
-        options: of `generate`.
+        options: of `answer`: whether to `zoom`, and those of `generate`.
     """
 
     model: Any

@@ -96,6 +96,22 @@ def test_the_numbers_are_those_of_the_evaluation_in_memory(alone, learned_folder
     assert expected == {name: found[name] for name in expected}
 
 
+def test_zooming_in_is_another_setting(alone, scenes, learned_folder, bank_folder, tmp_path, capsys):
+    found = run(tmp_path, *scenes, "--limit", 6, "--zoom")
+    assert found["settings"]["zoom"] and not numbers(alone)["settings"]["zoom"]
+    assert ", zooming in\n" in capsys.readouterr().out
+    samples = read_samples(
+        open_source(load_task("scenes"), bank_folder, split="unseen", options=found["settings"]["options"])
+    ).first(6)
+    rows = [{"image": s.load_image(), "text": s.text, "kind": s.kind, "mask": s.load_mask()} for s in samples]
+    model = AutoModelForImageTextToText.from_pretrained(learned_folder).eval()
+    processor = AutoProcessor.from_pretrained(learned_folder)
+    expected = evaluate_expressions(model, processor, rows, batch_size=2, zoom=True)
+    assert expected["giou"] == found["metrics"]["segmentation"]["giou"]
+    with pytest.raises(SystemExit, match="zoom was True and is now False"):
+        run(tmp_path, *scenes, "--limit", 6)
+
+
 def test_every_sample_has_a_score_and_a_prediction(alone):
     scores = [json.loads(line) for line in (alone / "scores.jsonl").read_text().splitlines()]
     stored = [json.loads(line) for line in predictions(alone)]
@@ -315,3 +331,4 @@ def test_results_go_into_a_folder_named_after_model_and_task(tmp_path):
     expected = Path("outputs/evaluation/tiny/real-all-per-expression")
     assert evaluate.default_output(str(tmp_path / "tiny"), source) == expected
     assert evaluate.default_output("org/name", source).parts[2] == "org--name"
+    assert evaluate.default_output("org/name", source, zoom=True).name == "real-all-per-expression-zoom"

@@ -1,0 +1,179 @@
+"""Zooming in: every mask is drawn again from nearer, and comes out finer. Not in the paper.
+
+A mask has the resolution of the visual tokenizer's picture, so a small thing gets a few cells of it. Here the image is
+cut out around what was drawn, a little wider and wider still, and the model is asked for the same in each of these
+views. It does not begin anew there: the coarse scales are those of the first mask, which says which thing is meant
+(`picture_prefix` of `generate`); the model adds the finer ones. What the views say is averaged.
+
+    answers = processor.post_process_segmentation(...)
+    answers = zoom_in(model, processor, conversations, answers)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .conversation_argenseg import collect_contents, with_image
+from .image_inputs import load_image
+
+WIDER = (1.4, 1.7, 2.2)  # sides of the views, by the longer side of the box around the mask
+SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
+COARSE = 1 / 4  # scales are given up to this part of the last one's side
+AGREE = 0.3  # least IoU with the first mask: below, the views show something else, and the first mask stays
+VIEWS_TOGETHER = 8
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+
+
+@dataclass(frozen=True)
+class View:
+    """One look at one mask: of which answer, which of its segments, and where in the image."""
+
+    answer: int
+    segment: int
+    box: Box
+
+
+@torch.no_grad()
+def zoom_in(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+    answers: Sequence[dict[str, Any]],
+    threshold: float = 0.5,
+    batch_size: int = VIEWS_TOGETHER,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Answers with their masks drawn again from nearer.
+
+    Args:
+        model: an `ARGenSegForConditionalGeneration`.
+        processor: its `ARGenSegProcessor`.
+        conversations: what was asked, one for each answer, with one image each.
+        answers: what `post_process_segmentation` returned for them, masks of the size of the upright image.
+        threshold: see `decode_masks`.
+        batch_size: views that are drawn together; a mask has up to three.
+        options: of `generate`.
+
+    Returns:
+        the answers with new masks. A mask stays as it is if it is empty, fills the image, or if the views do not show
+        what it shows. Texts, labels and scores are those of the first look.
+
+    Raises:
+        ValueError: a conversation does not hold exactly one image, or a mask has another size than its image; a
+            preview (`picture_stop_at_scale`) is asked for.
+    """
+    if options.get("picture_stop_at_scale") is not None:
+        raise ValueError("zooming in needs whole pictures: leave out picture_stop_at_scale, or do not zoom")
+    images = [_image_of(conversation) for conversation in conversations]
+    views = list(_views(images, answers))
+    sums: dict[tuple[int, int], np.ndarray] = {}
+    counts: dict[tuple[int, int], int] = {}
+    for start in range(0, len(views), batch_size):
+        together = views[start : start + batch_size]
+        maps = _look(model, processor, conversations, images, answers, together, options)
+        for view, white in zip(together, maps, strict=True):
+            key, (left, top, right, bottom) = (view.answer, view.segment), view.box
+            if key not in sums:
+                sums[key] = np.zeros(images[view.answer].size[::-1], np.float32)
+            sums[key][top:bottom, left:right] += white
+            counts[key] = counts.get(key, 0) + 1
+    finer = {key: total / counts[key] > threshold for key, total in sums.items()}
+    return [_answer_with(finer, number, answer) for number, answer in enumerate(answers)]
+
+
+def boxes_around(mask: np.ndarray) -> list[Box]:
+    """Views of a mask (H, W): squares around it, shifted to lie in the image and cut where they are larger.
+
+    None if the mask is empty; no view is the whole image, and none is there twice.
+    """
+    if not mask.any():
+        return []
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    spans = [(columns[0], columns[-1] + 1, mask.shape[1]), (rows[0], rows[-1] + 1, mask.shape[0])]
+    longer = max(end - start for start, end, _ in spans)
+    boxes = []
+    for wider in WIDER:
+        side = round(max(wider * longer, SMALLEST * max(mask.shape)))
+        (left, right), (top, bottom) = (_inside((start + end) / 2, side, limit) for start, end, limit in spans)
+        if (right - left, bottom - top) != mask.shape[::-1]:
+            boxes.append((left, top, right, bottom))
+    return list(dict.fromkeys(boxes))
+
+
+def _inside(middle: float, side: int, limit: int) -> tuple[int, int]:
+    """A span of `side` around `middle`, moved and cut to lie within 0 and `limit`."""
+    side = max(1, min(side, limit))
+    start = min(max(round(middle - side / 2), 0), limit - side)
+    return start, start + side
+
+
+def _views(images: list[Image.Image], answers: Sequence[dict[str, Any]]) -> Iterator[View]:
+    for number, (image, answer) in enumerate(zip(images, answers, strict=True)):
+        for place, segment in enumerate(answer["segments"]):
+            if segment["mask"].shape != image.size[::-1]:
+                raise ValueError(
+                    f"answer {number}: a mask of {segment['mask'].shape} (height, width) on an image of "
+                    f"{image.size[::-1]}; pass target_sizes= to post_process_segmentation"
+                )
+            for box in boxes_around(segment["mask"]):
+                yield View(number, place, box)
+
+
+def _look(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+    images: list[Image.Image],
+    answers: Sequence[dict[str, Any]],
+    views: list[View],
+    options: dict[str, Any],
+) -> list[np.ndarray]:
+    """What the model draws in each view: maps in [0, 1] of the views' sizes."""
+    asked, masks, sizes = [], [], []
+    for view in views:
+        left, top, right, bottom = view.box
+        asked.append(with_image(conversations[view.answer], images[view.answer].crop(view.box)))
+        masks.append(answers[view.answer]["segments"][view.segment]["mask"][top:bottom, left:right])
+        sizes.append((bottom - top, right - left))
+    inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
+    coarse = processor.encode_masks(masks, search_steps=0)[:, : _given_tokens(processor)]
+    outputs = model.generate(
+        **inputs.to(model.device, model.dtype),
+        **{
+            "picture_answer_ids": processor.picture_answer_ids,
+            **options,
+            "picture_prefill": "always",
+            "picture_prefix": coarse.to(model.device),
+        },
+    )
+    drawn = processor.read_pictures(outputs, prompt_length=inputs["input_ids"].shape[1])
+    return processor.decode_masks(torch.stack([pictures[0] for pictures in drawn]), sizes)[0]
+
+
+def _given_tokens(processor: Any) -> int:
+    """Tokens of the scales that are given: the first, and all up to COARSE of the last one's side."""
+    sides = processor.visual_tokenizer.config.patch_nums[: len(processor.whole_scales)]
+    given = sum(side <= COARSE * sides[-1] for side in sides)
+    return processor.whole_scales[max(given, 1) - 1]
+
+
+def _answer_with(finer: dict[tuple[int, int], np.ndarray], number: int, answer: dict[str, Any]) -> dict[str, Any]:
+    segments = []
+    for place, segment in enumerate(answer["segments"]):
+        first, mask = segment["mask"], finer.get((number, place))
+        if mask is not None and (first & mask).sum() >= AGREE * (first | mask).sum():
+            segment = segment | {"mask": mask}
+        segments.append(segment)
+    return answer | {"segments": segments}
+
+
+def _image_of(conversation: list[dict[str, Any]]) -> Image.Image:
+    (images,), *_ = collect_contents([conversation])
+    if len(images) != 1:
+        raise ValueError(f"zooming in needs conversations with one image each; got one with {len(images)}")
+    return load_image(images[0])
