@@ -15,25 +15,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.scene_requests import add_scene_arguments, iou, open_scenes
 from modeling_argenseg import PartialPicture, PictureStreamer
-from trl_recipes.command_line import errors_in_a_line, loading
-from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    union = np.logical_or(one, other).sum()
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0
 
 
 def watch_one(model: Any, processor: Any, sample: dict[str, Any]) -> list[tuple[float, float]]:
@@ -75,34 +67,13 @@ def measure(model: Any, processor: Any, samples: Any) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", required=True, help="folder of a scene bank")
-    parser.add_argument("--model", default=str(ROOT / "hub_cards" / "argenseg-tiny"), help="folder or Hub name")
-    parser.add_argument("--split", default="test", help="of the bank (default: test)")
-    parser.add_argument("--preset", default="full", help="of the scenes (default: full)")
-    parser.add_argument("--expressions", type=int, default=200, help="requests (default: 200)")
-    parser.add_argument("--seed", type=int, default=2026, help="of the scenes (default: 2026)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    add_scene_arguments(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = make_parser().parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    with errors_in_a_line():
-        bank = SceneBank.from_folder(args.bank, args.split)
-        scenes = SceneDataset(bank, SceneConfig.preset(args.preset), args.seed, 2 * args.expressions, 4)
-        with loading(args.model):
-            processor = AutoProcessor.from_pretrained(args.model)
-            model = AutoModelForImageTextToText.from_pretrained(args.model).eval()
-    samples: list[Any] = []
-    flat = flat_expressions(scenes, 4 * len(scenes))
-    for index in range(len(flat)):
-        if len(samples) == args.expressions:
-            break
-        if flat[index]["mask"].any():
-            samples.append(flat[index])
-    found = measure(model, processor, samples)
+    found = measure(*open_scenes(args))
     print(f"{found['asked']} requests, {found['drew']} drawn, {found['seconds']:.3f} s for a whole picture\n")
     print("| scale | mean IoU | of the final IoU | of the time |\n|---|---|---|---|")
     for one in found["scales"]:

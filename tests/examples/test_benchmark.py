@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import tiny_scenes
 import torch
+from PIL import Image
 
 from modeling_argenseg import VARTokenizerConfig
 
@@ -126,3 +127,17 @@ def test_previews(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     times = [one["of_time"] for one in found["scales"]]
     assert 0 < times[0] < 1 and times[-1] == 1 and found["scales"][-1]["of_final_iou"] == 1
     assert json.loads((tmp_path / "out.json").read_text()) == found
+
+
+def test_zoom(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    script = load(EXAMPLES / "benchmarks" / "zoom.py")
+    bank, picture, figures = tiny_scenes.write_bank(tmp_path), tmp_path / "changes.png", tmp_path / "out.json"
+    files = ["--json", str(figures), "--picture", str(picture)]
+    found = script.main(["--bank", str(bank), "--expressions", "6", "--seed", "3", *files])
+    assert found["asked"] == 6 >= found["drew"] > 0 and found["seconds_zoomed"] > found["seconds"] > 0
+    *sizes, whole = found["sizes"]
+    assert whole["count"] == sum(one["count"] for one in sizes) == 6 and (whole["above"], whole["up_to"]) == (0, 1)
+    for name in ("plain", "zoomed"):
+        assert whole[name] == pytest.approx(sum(one["count"] * one[name] for one in sizes) / 6)
+    assert whole["plain"] != whole["zoomed"] and json.loads(figures.read_text()) == found
+    assert Image.open(picture).width > 1000 and "| 0% to 100% of the image | 6 |" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.benchmarks import previews
+from examples.benchmarks import previews, zoom
 from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, train_scenes, train_visual_tokenizer
 from trl_recipes.command_line import errors_in_a_line, loading
 
@@ -55,6 +55,10 @@ def run_train_visual_tokenizer(model, bank, output):
     train_visual_tokenizer.main(*train_visual_tokenizer.make_parser().parse_args_into_dataclasses(words))
 
 
+def run_zoom(model, bank, output):
+    zoom.main(["--model", model, "--bank", bank])
+
+
 COMMANDS = [
     run_evaluate,
     run_export,
@@ -66,6 +70,7 @@ COMMANDS = [
     run_train_scenes_on_a_tokenizer,
     run_train_scenes_from_a_model,
     run_train_visual_tokenizer,
+    run_zoom,
 ]
 
 
@@ -76,7 +81,7 @@ def test_a_mistyped_model_is_told_in_a_line(command, name, bank_folder, tmp_path
         command(name, str(bank_folder), str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("command", [run_naming, run_previews])
+@pytest.mark.parametrize("command", [run_naming, run_previews, run_zoom])
 def test_so_is_a_mistyped_bank(command, tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*sprites\.parquet"):
         command("hub_cards/argenseg-tiny", str(tmp_path / "bank"), str(tmp_path / "out"))
