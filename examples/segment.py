@@ -46,7 +46,7 @@ EPILOG = """examples:
     python examples/segment.py examples/sheep.jpg "the sheep" --output outputs/
   several things; what is not there gets words instead of a mask:
     python examples/segment.py examples/sheep.jpg "the sheep" "the airplane" --output outputs/
-  finer outlines, above all of small things, in two to three times the time:
+  finer outlines, above all of small things, in about three times the time:
     python examples/segment.py examples/sheep.jpg "the sheep" --zoom
   another model (a folder, or a name on the Hub), on a GPU:
     python examples/segment.py photo.jpg "the left dog" --model FOLDER --device cuda --dtype bfloat16

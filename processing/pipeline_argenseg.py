@@ -106,7 +106,7 @@ class ARGenSegPipeline(Pipeline):
                 them, its score their mean; `"instances"` returns each.
             threshold: masks with a lower score are left out. Default 0: none is.
             mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
-            zoom: draw every mask again from nearer, which makes it finer and takes two to three times as long; see
+            zoom: draw every mask again from nearer, which makes it finer and takes about three times as long; see
                 `zoom_in`. Default False.
             generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
             batch_size: requests (image and prompt) that are answered together. Default: the prompts of one image, at

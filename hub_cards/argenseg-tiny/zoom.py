@@ -1,7 +1,7 @@
 """Zooming in: every mask is drawn again from nearer, and comes out finer. Not in the paper.
 
 A mask has the resolution of the visual tokenizer's picture, so a small thing gets a few cells of it. Here the image is
-cut out around what was drawn, a little wider and wider still, and the model is asked for the same in each of these
+cut out around what was drawn, a little wider and wider still, and the model is asked for the same in both of these
 views. It does not begin anew there: the coarse scales are those of the first mask, which says which thing is meant
 (`picture_prefix` of `generate`); the model adds the finer ones. What the views say is averaged.
 
@@ -20,10 +20,10 @@ from PIL import Image
 from .conversation_argenseg import collect_contents, with_image
 from .image_inputs import load_image
 
-WIDER = (1.4, 1.7, 2.2)  # sides of the views, by the longer side of the box around the mask
+WIDER = (1.4, 1.7)  # sides of the views, by the longer side of the box around the mask
 SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
 COARSE = 1 / 4  # scales are given up to this part of the last one's side
-AGREE = 0.3  # least IoU with the first mask: below, the views show something else, and the first mask stays
+AGREE = 0.15  # least IoU with the first mask: below, the views show something else, and the first mask stays
 VIEWS_TOGETHER = 8
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -56,7 +56,7 @@ def zoom_in(
         conversations: what was asked, one for each answer, with one image each.
         answers: what `post_process_segmentation` returned for them, masks of the size of the upright image.
         threshold: see `decode_masks`.
-        batch_size: views that are drawn together; a mask has up to three.
+        batch_size: views that are drawn together; a mask has two.
         options: of `generate`.
 
     Returns:

@@ -107,7 +107,7 @@ class TestViews:
     def test_sides(self) -> None:
         mask = np.zeros((400, 600), bool)
         mask[190:210, 250:350] = True
-        assert boxes_around(mask) == [(230, 130, 370, 270), (215, 115, 385, 285), (190, 90, 410, 310)]
+        assert boxes_around(mask) == [(230, 130, 370, 270), (215, 115, 385, 285)]
         small = np.zeros((400, 600), bool)
         small[399, 0] = True
         assert boxes_around(small) == [(0, 400 - 112, 112, 400)]
