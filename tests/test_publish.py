@@ -311,6 +311,16 @@ def test_the_space_shows_the_masks(space, toy_image, toy_masks):
     assert said.startswith("2 drawn.") and "(the whale)" in said
 
 
+def test_the_space_looks_closer(space, monkeypatch):
+    """With the default model, because what a toy draws of a view says nothing."""
+    monkeypatch.setattr(space, "MODEL", str(ROOT / "hub_cards" / "argenseg-tiny"))
+    space.load.cache_clear()
+    image = Image.open(ROOT / "examples" / "sheep.jpg")
+    masks = [space.segment(image, "the sheep", zoom)[0][1][0][0] for zoom in (False, True)]
+    space.load.cache_clear()
+    assert 0 < np.abs(masks[0] - masks[1]).mean() < 0.05
+
+
 @pytest.mark.parametrize(
     ("image", "text", "said"),
     [

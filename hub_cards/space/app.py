@@ -31,7 +31,9 @@ def read_prompts(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def segment(image: Image.Image | None, text: str) -> tuple[tuple[Image.Image, list[tuple[Any, str]]] | None, str]:
+def segment(
+    image: Image.Image | None, text: str, zoom: bool = False
+) -> tuple[tuple[Image.Image, list[tuple[Any, str]]] | None, str]:
     """The image with its masks, as `gr.AnnotatedImage` takes them, and what is to be said about them."""
     prompts = read_prompts(text or "")
     if image is None:
@@ -42,7 +44,8 @@ def segment(image: Image.Image | None, text: str) -> tuple[tuple[Image.Image, li
         return None, f"At most {MOST} things at a time; these are {len(prompts)}."
     image = ImageOps.exif_transpose(image).convert("RGB")
     image.thumbnail((LARGEST, LARGEST))
-    found = load()(image, text=prompts)
+    options = {"zoom": True} if zoom else {}  # models published with older code know no such option
+    found = load()(image, text=prompts, **options)
     parts = [(_shares(one["mask"]), f"{one['label']} ({one['score']:.2f})") for one in found]
     missing = [prompt for prompt in prompts if prompt not in {one["label"] for one in found}]
     said = f"{len(found)} drawn." + (f" {NOTHING} ({', '.join(missing)})" if missing else "")
@@ -63,6 +66,7 @@ def build() -> Any:
         inputs=[
             gr.Image(type="pil", label="image"),
             gr.Textbox(lines=3, label="what to segment, one thing a line", placeholder="the left dog"),
+            gr.Checkbox(label="look closer: finer outlines, about three times as long"),
         ],
         outputs=[gr.AnnotatedImage(label="masks"), gr.Textbox(label="answer")],
         title="ARGenSeg",
