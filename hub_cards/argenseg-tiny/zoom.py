@@ -9,6 +9,7 @@ views. It does not begin anew there: the coarse scales are those of the first ma
     answers = zoom_in(model, processor, conversations, answers)
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
 COARSE = 1 / 4  # scales are given up to this part of the last one's side
 AGREE = 0.15  # least IoU with the first mask: below, the views show something else, and the first mask stays
 VIEWS_TOGETHER = 8
+# options of `generate` that belong to the whole image
+UNFIT = ("encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_ids", "streamer")
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -64,26 +67,33 @@ def zoom_in(
         what it shows. Texts, labels and scores are those of the first look.
 
     Raises:
-        ValueError: a conversation does not hold exactly one image, or a mask has another size than its image; a
-            preview (`picture_stop_at_scale`) is asked for.
+        ValueError: a conversation does not hold exactly one image, or a mask has another size than its image; an
+            option asks for previews (`picture_stop_at_scale`), or for something else that views cannot have.
     """
-    if options.get("picture_stop_at_scale") is not None:
-        raise ValueError("zooming in needs whole pictures: leave out picture_stop_at_scale, or do not zoom")
+    _check_options(model, options)
     images = [_image_of(conversation) for conversation in conversations]
     views = list(_views(images, answers))
-    sums: dict[tuple[int, int], np.ndarray] = {}
-    counts: dict[tuple[int, int], int] = {}
+    waited_for = Counter((view.answer, view.segment) for view in views)
+    seen: dict[tuple[int, int], list[tuple[Box, np.ndarray]]] = {}
+    finer: dict[tuple[int, int], np.ndarray] = {}
     for start in range(0, len(views), batch_size):
         together = views[start : start + batch_size]
         maps = _look(model, processor, conversations, images, answers, together, options)
         for view, white in zip(together, maps, strict=True):
-            key, (left, top, right, bottom) = (view.answer, view.segment), view.box
-            if key not in sums:
-                sums[key] = np.zeros(images[view.answer].size[::-1], np.float32)
-            sums[key][top:bottom, left:right] += white
-            counts[key] = counts.get(key, 0) + 1
-    finer = {key: total / counts[key] > threshold for key, total in sums.items()}
+            key = (view.answer, view.segment)
+            seen.setdefault(key, []).append((view.box, white))
+            if len(seen[key]) == waited_for[key]:
+                finer[key] = _average(seen.pop(key), images[view.answer].size[::-1]) > threshold
     return [_answer_with(finer, number, answer) for number, answer in enumerate(answers)]
+
+
+def _check_options(model: Any, options: dict[str, Any]) -> None:
+    config = options.get("generation_config") or model.generation_config
+    if options.get("picture_stop_at_scale", getattr(config, "picture_stop_at_scale", None)) is not None:
+        raise ValueError("zooming in needs whole pictures: leave out picture_stop_at_scale, or do not zoom")
+    unfit = [name for name in UNFIT if options.get(name) is not None]
+    if unfit:
+        raise ValueError(f"{', '.join(unfit)} cannot be used to zoom in: every view is an image and a row of its own")
 
 
 def boxes_around(mask: np.ndarray) -> list[Box]:
@@ -153,6 +163,14 @@ def _look(
     )
     drawn = processor.read_pictures(outputs, prompt_length=inputs["input_ids"].shape[1])
     return processor.decode_masks(torch.stack([pictures[0] for pictures in drawn]), sizes)[0]
+
+
+def _average(seen: list[tuple[Box, np.ndarray]], size: tuple[int, int]) -> np.ndarray:
+    """The mean of what some views show, each 0 outside of its view: a map of the image's `size` (height, width)."""
+    total = np.zeros(size, np.float32)
+    for (left, top, right, bottom), white in seen:
+        total[top:bottom, left:right] += white
+    return total / len(seen)
 
 
 def _given_tokens(processor: Any) -> int:

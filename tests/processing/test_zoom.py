@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor, pipeline
+from transformers import AutoProcessor, GenerationConfig, pipeline
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor, zoom_in
@@ -196,8 +196,13 @@ class TestAnswers:
         smaller = [{**asked[0], "content": [{"type": "image", "image": photograph.resize((30, 20))}]}]
         with pytest.raises(ValueError, match=r"a mask of \(371, 512\) .* an image of \(20, 30\); pass target_sizes"):
             zoom_in(model, processor, [smaller], [first])
-        with pytest.raises(ValueError, match="leave out picture_stop_at_scale"):
-            zoom_in(model, processor, [asked], [first], picture_stop_at_scale=2)
+        previews = GenerationConfig(picture_stop_at_scale=2)
+        for options in ({"picture_stop_at_scale": 2}, {"generation_config": previews}):
+            with pytest.raises(ValueError, match="leave out picture_stop_at_scale"):
+                zoom_in(model, processor, [asked], [first], **options)
+        whole = processor.apply_chat_template([asked], tokenize=True, return_dict=True, add_generation_prompt=True)
+        with pytest.raises(ValueError, match="encoded_image cannot be used to zoom in"):  # would show the whole image
+            zoom_in(model, processor, [asked], [first], encoded_image=model.encode_image(**whole))
 
 
 class TestOptions:
