@@ -68,8 +68,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         encoded_image (`EncodedImage`, *optional*): what `encode_image` returned, if all prompts are about that image;
             `pixel_values` are not needed then.
         picture_prefix (`torch.LongTensor`, *optional*): codebook indices (B, t) of the first whole scales of each row's
-            first picture, as `processor.encode_masks(masks)[:, :t]` makes them. They are read instead of drawn, so that
-            the model goes on from a coarse picture; its score counts them as if it had drawn them.
+            first picture, as `processor.encode_masks(masks)[:, :t]` makes them. The model takes them as if it had drawn
+            them, in the same passes and in its score, and goes on from a coarse picture.
         picture_guidance_scale (`float`, defaults to 0): classifier-free guidance g of pictures, as released: at
             scale s of K (0-based) the logits are (1 + t) conditional - t unconditional with t = g s / (K - 1).
             Needs `negative_input_ids` (and `negative_attention_mask`), the unconditional prompts (B, L').

@@ -27,7 +27,7 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .image_inputs import load_image
-from .zoom import zoom_in
+from .zoom import check_zoom_options, zoom_in
 
 MULTI_MASK = ("union", "instances")
 PROMPTS_TOGETHER = 8  # prompts of one image that are answered at once where no batch size is given
@@ -200,6 +200,9 @@ class ARGenSegPipeline(Pipeline):
         self._encode([picture for picture, _ in requests])
         options = dict(forward_params)
         threshold = options.pop("mask_threshold", 0.5)
+        zoom = "conversations" in requests[0][0]
+        if zoom:
+            check_zoom_options(self.model, options)
         inputs = self.processor.tokenizer.pad(
             {"input_ids": [picture["input_ids"][number] for picture, number in requests]},
             padding_side="left",
@@ -214,7 +217,7 @@ class ARGenSegPipeline(Pipeline):
             prompt_length=inputs["input_ids"].shape[1],
             stop_at_scale=options.get("picture_stop_at_scale"),
         )
-        if "conversations" in requests[0][0]:
+        if zoom:
             answers = self._zoom_in(requests, answers, threshold, options)
         for (picture, _), answer in zip(requests, answers, strict=True):
             picture["answers"].append(answer["segments"])

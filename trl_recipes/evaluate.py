@@ -121,6 +121,8 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     started = time.time()
     source = open_task(args, args.protocol)
     task = source.task
+    if args.zoom and task.reader == "interactive":
+        raise ValueError("--zoom: what is marked in an image, or told in its coordinates, is not so in its parts")
     samples, class_names = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
     folder = args.output or default_output(args.model, source, args.zoom)
@@ -226,7 +228,7 @@ def run_settings(
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
-        "zoom": args.zoom,
+        **({"zoom": True} if args.zoom else {}),  # runs begun before there was zooming can go on
         "device": device.type,
         "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
     }

@@ -26,8 +26,9 @@ SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
 COARSE = 1 / 4  # scales are given up to this part of the last one's side
 AGREE = 0.15  # least IoU with the first mask: below, the views show something else, and the first mask stays
 VIEWS_TOGETHER = 8
-# options of `generate` that belong to the whole image
-UNFIT = ("encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_ids", "streamer")
+# options of `generate` that belong to the whole image, or do not go with words and scales that are given
+UNFIT = ("encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_ids", "prefill_chunk_size", "streamer")
+LIMITED = {"picture_guidance_scale": 0, "num_return_sequences": 1}  # and the only values of these that do
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
@@ -56,22 +57,23 @@ def zoom_in(
     Args:
         model: an `ARGenSegForConditionalGeneration`.
         processor: its `ARGenSegProcessor`.
-        conversations: what was asked, one for each answer, with one image each.
+        conversations: what was asked, one for each answer, with one image each. The words are asked again of the views,
+            as they are: requests by coordinates, which mean other places there, are not for zooming in.
         answers: what `post_process_segmentation` returned for them, masks of the size of the upright image.
         threshold: see `decode_masks`.
         batch_size: views that are drawn together; a mask has two.
         options: of `generate`.
 
     Returns:
-        the answers with new masks. A mask stays as it is if it is empty, fills the image, or if the views do not show
-        what it shows. Texts, labels and scores are those of the first look.
+        the answers with new masks. A mask stays as it is if it is empty, if it reaches so far that a view would be the
+        whole image, or if the views do not show what it shows. Texts, labels and scores are those of the first look.
 
     Raises:
-        ValueError: a conversation does not hold exactly one image, or a mask has another size than its image; an
-            option asks for previews (`picture_stop_at_scale`), or for something else that views cannot have.
+        ValueError: a conversation does not hold exactly one image, or holds masks; a mask has another size than its
+            image; an option asks for something that views cannot have, see `check_zoom_options`.
     """
-    _check_options(model, options)
-    images = [_image_of(conversation) for conversation in conversations]
+    check_zoom_options(model, options)
+    images = _images_of(conversations, answers)
     views = list(_views(images, answers))
     waited_for = Counter((view.answer, view.segment) for view in views)
     seen: dict[tuple[int, int], list[tuple[Box, np.ndarray]]] = {}
@@ -87,11 +89,20 @@ def zoom_in(
     return [_answer_with(finer, number, answer) for number, answer in enumerate(answers)]
 
 
-def _check_options(model: Any, options: dict[str, Any]) -> None:
+def check_zoom_options(model: Any, options: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: options of `generate` that views cannot have: previews (`picture_stop_at_scale`), guidance
+            (`picture_guidance_scale`), several answers to a request, or what belongs to the whole image.
+    """
     config = options.get("generation_config") or model.generation_config
-    if options.get("picture_stop_at_scale", getattr(config, "picture_stop_at_scale", None)) is not None:
+    set_to = {
+        name: options.get(name, getattr(config, name, None)) for name in (*UNFIT, *LIMITED, "picture_stop_at_scale")
+    }
+    if set_to["picture_stop_at_scale"] is not None:
         raise ValueError("zooming in needs whole pictures: leave out picture_stop_at_scale, or do not zoom")
-    unfit = [name for name in UNFIT if options.get(name) is not None]
+    unfit = [name for name in UNFIT if set_to[name] is not None]
+    unfit += [name for name, plain in LIMITED.items() if (set_to[name] or plain) != plain]
     if unfit:
         raise ValueError(f"{', '.join(unfit)} cannot be used to zoom in: every view is an image and a row of its own")
 
@@ -122,9 +133,9 @@ def _inside(middle: float, side: int, limit: int) -> tuple[int, int]:
     return start, start + side
 
 
-def _views(images: list[Image.Image], answers: Sequence[dict[str, Any]]) -> Iterator[View]:
-    for number, (image, answer) in enumerate(zip(images, answers, strict=True)):
-        for place, segment in enumerate(answer["segments"]):
+def _views(images: dict[int, Image.Image], answers: Sequence[dict[str, Any]]) -> Iterator[View]:
+    for number, image in images.items():
+        for place, segment in enumerate(answers[number]["segments"]):
             if segment["mask"].shape != image.size[::-1]:
                 raise ValueError(
                     f"answer {number}: a mask of {segment['mask'].shape} (height, width) on an image of "
@@ -138,7 +149,7 @@ def _look(
     model: Any,
     processor: Any,
     conversations: Sequence[list[dict[str, Any]]],
-    images: list[Image.Image],
+    images: dict[int, Image.Image],
     answers: Sequence[dict[str, Any]],
     views: list[View],
     options: dict[str, Any],
@@ -151,26 +162,24 @@ def _look(
         masks.append(answers[view.answer]["segments"][view.segment]["mask"][top:bottom, left:right])
         sizes.append((bottom - top, right - left))
     inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
-    coarse = processor.encode_masks(masks, search_steps=0)[:, : _given_tokens(processor)]
-    outputs = model.generate(
-        **inputs.to(model.device, model.dtype),
-        **{
-            "picture_answer_ids": processor.picture_answer_ids,
-            **options,
-            "picture_prefill": "always",
-            "picture_prefix": coarse.to(model.device),
-        },
-    )
+    given = {"picture_prefill": "always"}
+    if len(processor.whole_scales) > 1:
+        coarse = processor.encode_masks(masks, search_steps=0)[:, : _given_tokens(processor)]
+        given["picture_prefix"] = coarse.to(model.device)
+    if options.get("picture_answer_ids") is None:
+        given["picture_answer_ids"] = processor.picture_answer_ids
+    outputs = model.generate(**inputs.to(model.device, model.dtype), **options | given)
     drawn = processor.read_pictures(outputs, prompt_length=inputs["input_ids"].shape[1])
     return processor.decode_masks(torch.stack([pictures[0] for pictures in drawn]), sizes)[0]
 
 
 def _average(seen: list[tuple[Box, np.ndarray]], size: tuple[int, int]) -> np.ndarray:
-    """The mean of what some views show, each 0 outside of its view: a map of the image's `size` (height, width)."""
-    total = np.zeros(size, np.float32)
+    """At every place the mean of the views that show it, 0 where none does: a map of the `size` (height, width)."""
+    total, count = np.zeros(size, np.float32), np.zeros(size, np.uint8)
     for (left, top, right, bottom), white in seen:
         total[top:bottom, left:right] += white
-    return total / len(seen)
+        count[top:bottom, left:right] += 1
+    return np.divide(total, count, out=total, where=count > 0)
 
 
 def _given_tokens(processor: Any) -> int:
@@ -190,8 +199,22 @@ def _answer_with(finer: dict[tuple[int, int], np.ndarray], number: int, answer: 
     return answer | {"segments": segments}
 
 
-def _image_of(conversation: list[dict[str, Any]]) -> Image.Image:
-    (images,), *_ = collect_contents([conversation])
-    if len(images) != 1:
-        raise ValueError(f"zooming in needs conversations with one image each; got one with {len(images)}")
-    return load_image(images[0])
+def _images_of(
+    conversations: Sequence[list[dict[str, Any]]], answers: Sequence[dict[str, Any]]
+) -> dict[int, Image.Image]:
+    """The images of those conversations that have masks to look at, each read once."""
+    read: dict[int, Image.Image] = {}
+    images = {}
+    for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
+        if not answer["segments"]:
+            continue
+        (found,), *_, extra = collect_contents([conversation])
+        if len(found) != 1 or extra:
+            masks = " and masks" if extra else ""
+            raise ValueError(
+                f"zooming in needs conversations with one image each, and no masks; got one with {len(found)}{masks}"
+            )
+        if id(found[0]) not in read:
+            read[id(found[0])] = load_image(found[0])
+        images[number] = read[id(found[0])]
+    return images

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,11 +162,25 @@ class TestAnswers:
         asked = conversations(processor, photograph, SHEEP)
         (finer,) = zoom_in(model, processor, asked, [first], threshold=0.4)
         mask = first["segments"][0]["mask"]
-        boxes, total = boxes_around(mask), np.zeros(mask.shape)
+        boxes, total, count = boxes_around(mask), np.zeros(mask.shape), np.zeros(mask.shape)
         assert len(boxes) == len(drawn) >= 2
         for (left, top, right, bottom), white in zip(boxes, drawn, strict=True):
             total[top:bottom, left:right] += white
-        np.testing.assert_array_equal(finer["segments"][0]["mask"], total / len(boxes) > 0.4)
+            count[top:bottom, left:right] += 1
+        np.testing.assert_array_equal(finer["segments"][0]["mask"], total / np.maximum(count, 1) > 0.4)
+
+    def test_a_mask_may_grow_beyond_the_first_view(self, tiny: Any, near: Image.Image) -> None:
+        """Of the sheep only the right quarter was found: what only the wider view shows belongs to it as well."""
+        whole = union(draw(*tiny, requests(near, SHEEP))[0])
+        part = whole.copy()
+        columns = np.flatnonzero(whole.any(axis=0))
+        part[:, : columns[3 * len(columns) // 4]] = False
+        first = {"text": "", "segments": [{"label": SHEEP, "mask": part, "score": 1.0}]}
+        (found,) = zoom_in(*tiny, conversations(tiny[1], near, SHEEP), [first])
+        (inner, _), grown = boxes_around(part), found["segments"][0]["mask"]
+        outside = np.ones_like(part)
+        outside[inner[1] : inner[3], inner[0] : inner[2]] = False
+        assert (grown & whole & outside).any() and iou(grown, whole) > iou(part, whole) + 0.4
 
     def test_batches(
         self, tiny: Any, photograph: Image.Image, first: dict[str, Any], prefixes: list[torch.Tensor]
@@ -191,8 +206,13 @@ class TestAnswers:
         model, processor = tiny
         (asked,) = conversations(processor, photograph, SHEEP)
         two = [{"role": "user", "content": [*asked[0]["content"], {"type": "image", "image": photograph}]}]
-        with pytest.raises(ValueError, match="one image each; got one with 2"):
+        with pytest.raises(ValueError, match="one image each, and no masks; got one with 2$"):
             zoom_in(model, processor, [two], [first])
+        nothing = {"text": "There is no whale.", "segments": []}
+        assert zoom_in(model, processor, [two], [nothing]) == [nothing]
+        drawn = {"role": "assistant", "content": [{"type": "mask", "mask": first["segments"][0]["mask"]}]}
+        with pytest.raises(ValueError, match="got one with 1 and masks"):
+            zoom_in(model, processor, [[*asked, drawn, {"role": "user", "content": "and the grass"}]], [first])
         smaller = [{**asked[0], "content": [{"type": "image", "image": photograph.resize((30, 20))}]}]
         with pytest.raises(ValueError, match=r"a mask of \(371, 512\) .* an image of \(20, 30\); pass target_sizes"):
             zoom_in(model, processor, [smaller], [first])
@@ -203,6 +223,48 @@ class TestAnswers:
         whole = processor.apply_chat_template([asked], tokenize=True, return_dict=True, add_generation_prompt=True)
         with pytest.raises(ValueError, match="encoded_image cannot be used to zoom in"):  # would show the whole image
             zoom_in(model, processor, [asked], [first], encoded_image=model.encode_image(**whole))
+        for options in ({"picture_guidance_scale": 2.0}, {"num_return_sequences": 2}, {"prefill_chunk_size": 8}):
+            (name,) = options
+            with pytest.raises(ValueError, match=f"{name} cannot be used to zoom in"):
+                zoom_in(model, processor, [asked], [first], **options)
+
+    def test_mistakes_are_told_before_anything_is_drawn(
+        self, tiny: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, processor = tiny
+        pipe: Any = pipeline("image-segmentation", model=model, processor=processor)
+        monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("drawn in vain"))
+        with pytest.raises(ValueError, match="leave out picture_stop_at_scale"):
+            pipe(photograph, text=SHEEP, zoom=True, picture_stop_at_scale=2)
+        with pytest.raises(ValueError, match="leave out picture_stop_at_scale"):
+            draw(model, processor, requests(photograph, SHEEP), zoom=True, picture_stop_at_scale=2)
+
+    def test_options_that_leave_the_words_out(self, tiny: Any, photograph: Image.Image, first: dict[str, Any]) -> None:
+        model, processor = tiny
+        asked = conversations(processor, photograph, SHEEP)
+        plain = zoom_in(model, processor, asked, [first])[0]["segments"][0]["mask"]
+        for options in ({"picture_answer_ids": None}, {"picture_prefill": "never"}, {"num_return_sequences": 1}):
+            found = zoom_in(model, processor, asked, [first], **options)[0]["segments"][0]["mask"]
+            np.testing.assert_array_equal(found, plain)
+
+    def test_images_that_are_turned(self, tiny: Any, photograph: Image.Image, tmp_path: Path) -> None:
+        model, processor = tiny
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by 90 degrees
+        photograph.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+        for image in (Image.open(tmp_path / "turned.png"), tmp_path / "turned.png"):
+            (found,) = draw(model, processor, requests(image, SHEEP), zoom=True)
+            assert union(found).shape == photograph.size[::-1]
+
+    def test_a_model_of_one_scale(self, photograph: Image.Image) -> None:
+        """It has no coarser scale to give: the views are drawn from the words alone."""
+        model, processor = toy.build()
+        model.config.num_scales = processor.num_scales = 1
+        mask = np.zeros(photograph.size[::-1], bool)
+        mask[100:150, 100:150] = True
+        first = {"text": "", "segments": [{"label": SHEEP, "mask": mask, "score": 1.0}]}
+        (found,) = zoom_in(model, processor, conversations(processor, photograph, SHEEP), [first])
+        assert found["segments"][0]["mask"].shape == mask.shape
 
 
 class TestOptions:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from processing import zoom_in
+from processing import load_image, zoom_in
+from processing.zoom import check_zoom_options
 
 from ..metrics import SegmentationMetrics
 
@@ -30,6 +31,8 @@ def answer(
         zoom: whether masks are drawn again from nearer, see `zoom_in`.
         options: of `generate`.
     """
+    if zoom:
+        check_zoom_options(model, options)
     inputs = processor.apply_chat_template(
         list(conversations), tokenize=True, return_dict=True, add_generation_prompt=True
     ).to(model.device, model.dtype)
@@ -42,8 +45,12 @@ def answer(
 
 def draw(model: Any, processor: Any, samples: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
     """Answers to the segmentation requests of samples with `image` (PIL) and `text`, as one batch."""
-    conversations = [processor.build_segmentation_conversation(s["image"], s["text"]) for s in samples]
-    sizes = [s["image"].size[::-1] for s in samples]
+    images = [load_image(sample["image"]) for sample in samples]
+    conversations = [
+        processor.build_segmentation_conversation(image, sample["text"])
+        for image, sample in zip(images, samples, strict=True)
+    ]
+    sizes = [image.size[::-1] for image in images]
     return answer(model, processor, conversations, sizes, [s["text"] for s in samples], **options)
 
 
