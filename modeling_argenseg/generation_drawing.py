@@ -138,7 +138,7 @@ class DrawingMixin:
             tokens = torch.multinomial(flat.softmax(-1), num_samples=1).view(logits.shape[:2])
         else:
             tokens = preferred.argmax(-1)
-        tokens = rows.draws_given(tokens, sum(side * side for side in self.config.patch_nums[:scale]))
+        tokens = rows.draws_given(tokens, self.config.visual_tokenizer_config.scale_starts[scale])
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
     def _show(self, rows: Rows, drawn: list[torch.Tensor], count: int, streamer: Any) -> None:

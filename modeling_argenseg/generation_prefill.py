@@ -61,13 +61,12 @@ class PrefillMixin:
         """`picture_prefix` as codes (B, t), t = 0 without one."""
         if prefix is None:
             return torch.empty(batch, 0, dtype=torch.long, device=device)
-        sides = self.config.patch_nums
-        whole = [sum(side * side for side in sides[: count + 1]) for count in range(len(sides))]
+        whole = self.config.visual_tokenizer_config.scale_starts[1 : len(self.config.patch_nums)]
         prefix = torch.as_tensor(prefix, device=device)
-        if prefix.ndim != 2 or prefix.shape[0] != batch or prefix.shape[1] not in whole[:-1]:
+        if prefix.ndim != 2 or prefix.shape[0] != batch or prefix.shape[1] not in whole:
             raise ValueError(
                 f"picture_prefix must be ({batch}, t): for each prompt the codebook indices of the first whole scales, "
-                f"t one of {whole[:-1]}; got the shape {tuple(prefix.shape)}"
+                f"t one of {whole}; got the shape {tuple(prefix.shape)}"
             )
         size = self.config.visual_vocab_size
         if prefix.is_floating_point() or bool(((prefix < 0) | (prefix >= size)).any()):

@@ -24,8 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.scene_requests import add_scene_arguments, iou, open_scenes
+from benchmarks.scene_requests import add_scene_arguments, open_scenes
 from modeling_argenseg import PartialPicture, PictureStreamer
+from trl_recipes.metrics.masks import count_overlap
 
 
 def watch_one(model: Any, processor: Any, sample: dict[str, Any]) -> list[tuple[float, float]]:
@@ -43,8 +44,8 @@ def watch_one(model: Any, processor: Any, sample: dict[str, Any]) -> list[tuple[
         drawn = time.perf_counter()
         masks = processor.decode_masks(partial.codes, [size])[1]
         shown = time.perf_counter()
-        seen.append((shown - begin - lost, iou(masks[0], sample["mask"])))
-        lost += shown - drawn
+        seen.append((shown - begin - lost, count_overlap(masks[0], sample["mask"]).iou))
+        lost += time.perf_counter() - drawn
 
     model.generate(**inputs, picture_answer_ids=processor.picture_answer_ids, streamer=PictureStreamer(on_scale))
     return seen

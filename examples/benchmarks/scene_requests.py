@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
@@ -13,11 +12,6 @@ from trl_recipes.command_line import errors_in_a_line, loading
 from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset, flat_expressions
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def iou(one: np.ndarray, other: np.ndarray) -> float:
-    union = np.logical_or(one, other).sum()
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0
 
 
 def add_scene_arguments(parser: argparse.ArgumentParser) -> None:

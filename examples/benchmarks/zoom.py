@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.scene_requests import add_scene_arguments, iou, open_scenes
+from benchmarks.scene_requests import add_scene_arguments, open_scenes
 from processing import zoom_in
 from trl_recipes.evaluation.answers import draw, union
+from trl_recipes.metrics.masks import count_overlap
 from trl_recipes.picture_grid import picture_grid, save_picture
 
 SIZES = ((0.0, 0.01), (0.01, 0.03), (0.03, 0.1), (0.1, 1.0))  # of things, as shares of the image
@@ -42,7 +43,7 @@ def look_twice(model: Any, processor: Any, sample: dict[str, Any]) -> dict[str, 
     finer = zoom_in(model, processor, asked, answers)
     end = time.perf_counter()
     masks = [union(answers[0]), union(finer[0])]
-    ious = [0.0 if mask is None else iou(mask, sample["mask"]) for mask in masks]
+    ious = [count_overlap(mask, sample["mask"]).iou for mask in masks]
     return {"masks": masks, "ious": ious, "seconds": [first - begin, end - begin], "area": sample["mask"].mean()}
 
 
