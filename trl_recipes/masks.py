@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,18 +34,21 @@ def _preset_masks(scenes: SceneDataset, wanted: int, workers: int, label: str) -
     global _scenes
     _scenes, found, count = scenes, [], 0
     starts = range(0, len(scenes), SCENES_PER_TASK)
-    with tqdm(total=wanted, desc=label) as bar:
-        pool = multiprocessing.get_context("fork").Pool(workers) if workers > 1 else None
-        for packed in pool.imap(_packed_masks, starts) if pool else map(_packed_masks, starts):
-            if len(packed):
-                found.append(packed)
-                count += len(packed)
-                bar.update(len(packed))
-            if count >= wanted:
-                break
+    # processes are never killed: one that died while it handed masks over would leave everybody waiting for its lock
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+    try:
+        with tqdm(total=wanted, desc=label) as bar:
+            for packed in pool.map(_packed_masks, starts) if pool else map(_packed_masks, starts):
+                if len(packed):
+                    found.append(packed)
+                    count += len(packed)
+                    bar.update(len(packed))
+                if count >= wanted:
+                    break
+    finally:
         if pool:
-            pool.terminate()  # what it has composed beyond that is not needed
-            pool.join()
+            pool.shutdown(cancel_futures=True)  # what comes beyond that is not needed
     return np.concatenate(found)[:wanted]
 
 

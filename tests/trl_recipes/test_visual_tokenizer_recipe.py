@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from math import log
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +22,7 @@ from trl_recipes.masks import MaskPictures, compose_masks, uniform
 from trl_recipes.searched_tokens import searched_tokens
 from trl_recipes.train_visual_tokenizer import TokenizerArguments, build, edge_loss, judge
 
+ROOT = Path(__file__).parents[2]
 STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
 
 
@@ -55,6 +59,19 @@ def test_fewer_masks_than_the_cache_has_are_of_all_presets(bank_folder, tmp_path
 def test_masks_are_the_same_for_any_number_of_processes(bank_folder):
     alone, shared = (compose_masks(bank_folder, "train", 70, seed=0, workers=workers) for workers in (1, 3))
     assert np.array_equal(alone, shared)
+
+
+def test_composing_ends_while_processes_are_still_handing_over():
+    """Four processes that hand over more than a pipe holds, a quarter of which is wanted; by itself, to be stopped."""
+    program = """
+import numpy as np
+from trl_recipes import masks
+def large(start): return np.ones((4, 2048, 1024), np.uint8)
+masks._packed_masks = large
+for _ in range(5):
+    assert len(masks._preset_masks(range(160), 10, 4, "masks")) == 10
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=90, cwd=ROOT)
 
 
 def test_pictures_of_masks_are_black_and_white_and_depend_on_their_index_alone():
