@@ -45,7 +45,8 @@ def build_bank(
         sources: what the bank is made of.
 
     Raises:
-        ValueError: an unknown source in `skip`, a package that cannot be had, or a bank that lacks a split.
+        ValueError: an unknown source in `skip`, a library that is not installed, a package that cannot be had, or a
+            bank that lacks a split.
     """
     skip = set(skip)
     if unknown := skip - {source.name for source in sources}:
@@ -55,6 +56,7 @@ def build_bank(
     for kind in SCHEMAS:
         if not any(source.kind == kind for source in chosen):
             raise ValueError(f"With every source of {kind} skipped there is no bank; skip fewer.")
+    _need([source for source in chosen if not _stage_file(source, work).is_file()])
     archives = _fetch_all(chosen, work / "packages")
     stages = {source.name: _stage(source, archives, work, views) for source in chosen}
     output.mkdir(parents=True, exist_ok=True)
@@ -65,6 +67,15 @@ def build_bank(
     (output / "ATTRIBUTION.md").write_text(_attribution(chosen, stages, archives), encoding="utf-8")
     _check(output)
     return _report(output, chosen, stages)
+
+
+def _need(sources: list[Source]) -> None:
+    if missing := [sentence for source in sources for sentence in source.lacks()]:
+        raise ValueError("\n".join(missing))
+
+
+def _stage_file(source: Source, work: Path) -> Path:
+    return work / "stages" / f"{source.name}.parquet"
 
 
 def _fetch_all(sources: list[Source], folder: Path) -> dict[str, Path]:
@@ -85,10 +96,11 @@ def _fetch_all(sources: list[Source], folder: Path) -> dict[str, Path]:
 
 def _stage(source: Source, archives: dict[str, Path], work: Path, views: int) -> Path:
     # The source's rows as a parquet file, made if it is not there or was made from something else.
-    path = work / "stages" / f"{source.name}.parquet"
+    path = _stage_file(source, work)
     mark = _fingerprint(source, archives, views)
     if path.is_file() and (pq.read_schema(path).metadata or {}).get(FINGERPRINT) == mark:
         return path
+    _need([source])
     place = Workplace(
         unpacked={one.name: unpack(one, archives[one.name], work / "unpacked") for one in source.packages},
         folder=work / "rendered" / _slug(source.name, archives[source.packages[0].name].stem, f"{views}-views", RECIPE),

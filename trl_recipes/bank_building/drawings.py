@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 from PIL import Image
@@ -25,15 +24,7 @@ ALL_KINDS = "-fe0f"  # asks for a coloured emoji; not all sets write it
 
 
 def drawing_rows(work: Workplace) -> Iterator[Row]:
-    """The training emoji of all sets.
-
-    Raises:
-        ValueError: resvg-py is not installed.
-    """
-    if find_spec("resvg_py") is None:
-        raise ValueError(
-            "Drawing emoji needs resvg-py. Install it (`pip install 'argenseg[train]'`), or pass --skip drawings."
-        )
+    """The training emoji of all sets."""
     splits = tables.splits()
     wanted = {code: noun for code, noun in tables.emoji().items() if splits[f"fl:{code}"] == "train"}
     for name, package in DRAWN_SETS.items():

@@ -13,7 +13,6 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image
@@ -71,15 +70,7 @@ def read_catalogues(folder: Path, problems: list[str]) -> list[Model]:
 
 
 def rendered_models(work: Workplace, wanted: dict[str, str]) -> Iterator[tuple[Model, str, list[Image.Image]]]:
-    """Every wanted model with its noun and its pictures (RGBA, cut out).
-
-    Raises:
-        ValueError: vtk is not installed.
-    """
-    if find_spec("vtkmodules") is None:
-        raise ValueError(
-            "Rendering the furniture needs vtk. Install it (`pip install 'argenseg[bank]'`), or pass --skip furniture."
-        )
+    """Every wanted model with its noun and its pictures (RGBA, cut out)."""
     folder = work.unpacked["sweethome3d-furniture"] / "usr/share/sweethome3d/furniture"
     models = {model.identifier: model for model in read_catalogues(folder, work.problems)}
     chosen = [models[name] for name in wanted if name in models]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,25 @@ class Workplace:
 
 @dataclass(frozen=True)
 class Source:
-    """A stage: `rows(workplace)` yields rows of sprites, or of backgrounds."""
+    """A stage: `rows(workplace)` yields rows of sprites, or of backgrounds.
+
+    `needs` are Python modules that it draws with: the module, its name in registries, the extra of this package.
+    """
 
     name: str
     kind: str
     packages: tuple[Package, ...]
     rows: Callable[[Workplace], Iterator[Row]]
+    needs: tuple[tuple[str, str, str], ...] = ()
+
+    def lacks(self) -> list[str]:
+        """What is not installed of what it needs, as sentences."""
+        return [
+            f"The source {self.name} needs {known_as}. Install it (`pip install 'argenseg[{extra}]'`), or pass "
+            f"--skip {self.name}."
+            for module, known_as, extra in self.needs
+            if find_spec(module) is None
+        ]
 
 
 def sprite_row(
@@ -193,6 +207,7 @@ SOURCES = (
             for package in DRAWN_SETS.values()
         ),
         _drawing_rows,
+        needs=(("resvg_py", "resvg-py", "train"),),
     ),
     Source(
         "tuxpaint",
@@ -205,6 +220,7 @@ SOURCES = (
         "sprites",
         (Package("sweethome3d-furniture", "debian", ("usr/share/sweethome3d/furniture",)),),
         furniture_rows,
+        needs=(("vtkmodules", "vtk", "bank"),),
     ),
     _wallpapers("plasma", "plasma-workspace-wallpapers", "usr/share/wallpapers"),
     _wallpapers("mate", "mate-backgrounds", "usr/share/backgrounds/mate/nature"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tiny_packages import drawn_emoji, some_emoji, some_models, some_stamps, write_npm, write_packages
 
-from trl_recipes.bank_building import drawings, rooms, sources, tables
+from trl_recipes.bank_building import build, rooms, sources, tables
 from trl_recipes.bank_building.build import _check, build_bank
 from trl_recipes.bank_building.packages import unpack
 from trl_recipes.bank_building.sources import DRAWN_SETS
@@ -99,11 +99,28 @@ def test_an_emoji_in_two_splits_is_found_in_whatever_style(built: tuple[Path, st
         _check(tmp_path)
 
 
-def test_drawings_need_resvg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drawings, "find_spec", lambda name: None)
-    write_packages(tmp_path / "work" / "packages")
-    with pytest.raises(ValueError, match="needs resvg-py.*--skip drawings"):
-        build_bank(tmp_path, tmp_path / "work", ["emoji", "furniture"])
+def test_what_is_not_installed_is_told_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "fetch", lambda package, folder: pytest.fail(f"fetched {package.name}"))
+    with pytest.raises(ValueError, match="needs resvg-py.*--skip drawings.*\n.*needs vtk.*--skip furniture"):
+        build_bank(tmp_path, tmp_path / "work")
+    with pytest.raises(ValueError, match="needs vtk") as told:
+        build_bank(tmp_path, tmp_path / "work", ["drawings"])
+    assert "resvg" not in str(told.value)
+
+
+def test_a_finished_stage_needs_no_library_again(
+    built: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(built[0] / "work", tmp_path / "work")
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    build_bank(tmp_path, tmp_path / "work", SKIP)
+    for part in (tmp_path / "work" / "stages").glob("*.parquet"):
+        pq.write_table(pq.read_table(part).replace_schema_metadata(), part)  # as if of another recipe
+    with pytest.raises(ValueError, match="needs resvg-py"):
+        build_bank(tmp_path, tmp_path / "work", SKIP)
 
 
 def test_backgrounds(built: tuple[Path, str]) -> None:
@@ -164,13 +181,6 @@ def test_command_without_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "mate-backgrounds: apt-get is not installed" in message and "--skip mate" in message
     assert "@lobehub/fluent-emoji-3d: npm is not installed" in message
     assert f"(lobehub-fluent-emoji-3d-[0-9]*.tgz) into {tmp_path / 'bank' / 'work' / 'packages'} by hand" in message
-
-
-@pytest.mark.skipif(find_spec("vtkmodules") is not None, reason="vtk is installed")
-def test_furniture_needs_vtk(tmp_path: Path) -> None:
-    write_packages(tmp_path / "work" / "packages")
-    with pytest.raises(ValueError, match="needs vtk.*--skip furniture"):
-        build_bank(tmp_path, tmp_path / "work", ["plasma", "lomiri", "stellarium", "rooms"])
 
 
 @pytest.mark.skipif(find_spec("vtkmodules") is None, reason="needs vtk")
