@@ -31,14 +31,14 @@ UNFIT = ("encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_
 LIMITED = {"picture_guidance_scale": 0, "num_return_sequences": 1}  # and the only values of these that do
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
+MaskKey = tuple[int, int]  # the answer, and which of its segments
 
 
 @dataclass(frozen=True)
 class View:
-    """One look at one mask: of which answer, which of its segments, and where in the image."""
+    """One look at one mask, segment `mask[1]` of answer `mask[0]`, and where in the image it looks."""
 
-    answer: int
-    segment: int
+    mask: MaskKey
     box: Box
 
 
@@ -75,17 +75,16 @@ def zoom_in(
     check_zoom_options(model, options)
     images = _images_of(conversations, answers)
     views = list(_views(images, answers))
-    waited_for = Counter((view.answer, view.segment) for view in views)
-    seen: dict[tuple[int, int], list[tuple[Box, np.ndarray]]] = {}
-    finer: dict[tuple[int, int], np.ndarray] = {}
+    waited_for = Counter(view.mask for view in views)
+    seen: dict[MaskKey, list[tuple[Box, np.ndarray]]] = {}
+    finer: dict[MaskKey, np.ndarray] = {}
     for start in range(0, len(views), batch_size):
         together = views[start : start + batch_size]
         maps = _look(model, processor, conversations, images, answers, together, options)
         for view, white in zip(together, maps, strict=True):
-            key = (view.answer, view.segment)
-            seen.setdefault(key, []).append((view.box, white))
-            if len(seen[key]) == waited_for[key]:
-                finer[key] = _average(seen.pop(key), images[view.answer].size[::-1]) > threshold
+            seen.setdefault(view.mask, []).append((view.box, white))
+            if len(seen[view.mask]) == waited_for[view.mask]:
+                finer[view.mask] = _average(seen.pop(view.mask), images[view.mask[0]].size[::-1]) > threshold
     return [_answer_with(finer, number, answer) for number, answer in enumerate(answers)]
 
 
@@ -142,7 +141,7 @@ def _views(images: dict[int, Image.Image], answers: Sequence[dict[str, Any]]) ->
                     f"{image.size[::-1]}; pass target_sizes= to post_process_segmentation"
                 )
             for box in boxes_around(segment["mask"]):
-                yield View(number, place, box)
+                yield View((number, place), box)
 
 
 def _look(
@@ -157,9 +156,9 @@ def _look(
     """What the model draws in each view: maps in [0, 1] of the views' sizes."""
     asked, masks, sizes = [], [], []
     for view in views:
-        left, top, right, bottom = view.box
-        asked.append(with_image(conversations[view.answer], images[view.answer].crop(view.box)))
-        masks.append(answers[view.answer]["segments"][view.segment]["mask"][top:bottom, left:right])
+        (answer, segment), (left, top, right, bottom) = view.mask, view.box
+        asked.append(with_image(conversations[answer], images[answer].crop(view.box)))
+        masks.append(answers[answer]["segments"][segment]["mask"][top:bottom, left:right])
         sizes.append((bottom - top, right - left))
     inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
     given = {"picture_prefill": "always"}
@@ -189,7 +188,7 @@ def _given_tokens(processor: Any) -> int:
     return processor.whole_scales[max(given, 1) - 1]
 
 
-def _answer_with(finer: dict[tuple[int, int], np.ndarray], number: int, answer: dict[str, Any]) -> dict[str, Any]:
+def _answer_with(finer: dict[MaskKey, np.ndarray], number: int, answer: dict[str, Any]) -> dict[str, Any]:
     segments = []
     for place, segment in enumerate(answer["segments"]):
         first, mask = segment["mask"], finer.get((number, place))
