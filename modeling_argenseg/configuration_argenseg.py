@@ -128,7 +128,8 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
     """A vision-language model whose vocabulary also holds the codebook of a VAR tokenizer.
 
     Args:
-        vlm_config: configuration of any image-text-to-text model of transformers with a decoder-only language model.
+        vlm_config: configuration of an image-text-to-text model of transformers (InternVL, LLaVA and the like: the
+            images alone give the features, and every layer of the language model attends to the whole stream).
         visual_tokenizer_config: sizes of the pictures (the VAR tokenizer's own configuration).
         gen_start_token_id: id of `<gen_start>`; T visual ids follow it in the stream.
         gen_end_token_id: id of `<gen_end>`, read by the model at the position of the last visual token.
@@ -145,6 +146,13 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
     """
 
     model_type = "argenseg"
+    keys_to_ignore_at_inference: ClassVar = [
+        "past_key_values",
+        "cache",
+        "image_hidden_states",
+        "text_loss",
+        "visual_loss",
+    ]
     remote_code: ClassVar[dict[str, dict]] = {
         "auto_map": {
             "AutoConfig": "configuration_argenseg.ARGenSegConfig",
@@ -180,12 +188,23 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Also asked by the model: options given to `from_pretrained` are set after `__post_init__`.
+
+        Raises:
+            ValueError: a field has a value that it cannot have.
+        """
         if self.scale_attention not in ("causal", "block"):
             raise ValueError(f"scale_attention must be 'causal' or 'block', got {self.scale_attention!r}")
         if self.generation_projector_depth not in (1, 2):
             raise ValueError(f"generation_projector_depth must be 1 or 2, got {self.generation_projector_depth}")
         if self.visual_loss not in ("token", "scale"):
             raise ValueError(f"visual_loss must be 'token' or 'scale', got {self.visual_loss!r}")
+        scales = len(self.visual_tokenizer_config.patch_nums)
+        if self.num_scales is not None and self.num_scales not in range(1, scales + 1):
+            raise ValueError(f"num_scales must be from 1 to {scales}, or None for all; got {self.num_scales!r}")
 
     @property
     def text_config(self) -> PreTrainedConfig:

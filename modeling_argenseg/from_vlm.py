@@ -1,14 +1,45 @@
 """Starting from a plain vision-language model: it gets the picture vocabulary and the parts that draw."""
 
 import copy
+import inspect
 import os
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 
 from .configuration_argenseg import ARGenSegConfig
 from .var_tokenizer import VARTokenizer
+
+FULL_ATTENTION = "full_attention"
+GIVEN = {"self", "pixel_values", "kwargs"}
+UNKNOWN_INPUTS = {"image_grid_thw", "pixel_attention_mask", "spatial_shapes"}  # optional by name, but needed
+
+
+def check_vlm(vlm: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: a vision-language model that the stream cannot be built on.
+    """
+    kind, text_config = type(vlm).__name__, vlm.config.get_text_config(decoder=True)
+    if not hasattr(vlm, "language_model") or not hasattr(vlm, "get_image_features"):
+        raise ValueError(f"{kind} cannot be built on: it has no `language_model`, or no `get_image_features`")
+    options = inspect.signature(vlm.get_image_features).parameters
+    needed = {name for name, option in options.items() if option.default is option.empty} | UNKNOWN_INPUTS & {*options}
+    if needed := needed - GIVEN:
+        raise ValueError(
+            f"{kind} cannot be built on: its image features need {', '.join(sorted(needed))} beside pixel_values. "
+            "InternVL and LLaVA are models of the kind that is needed"
+        )
+    window = getattr(text_config, "sliding_window", None)
+    layers = getattr(text_config, "layer_types", None) or [FULL_ATTENTION if window is None else "sliding_attention"]
+    if other := sorted(set(layers) - {FULL_ATTENTION}):
+        raise ValueError(
+            f"the language model of {kind} has layers of {', '.join(other)}, and pictures need every layer to attend "
+            "to the whole stream. If your streams are shorter than the window, set sliding_window=None in its "
+            f"text_config (and all of layer_types, where there are, to {FULL_ATTENTION!r})"
+        )
 
 
 class FromVLMMixin:
@@ -33,6 +64,9 @@ class FromVLMMixin:
             visual_tokenizer: path or Hub name of a VAR tokenizer, or the tokenizer itself.
             first_new_token_id: id of `<gen_start>`; default: the size of the vocabulary as it is.
             config_changes: further fields of `ARGenSegConfig`, such as `scale_attention="block"`.
+
+        Raises:
+            ValueError: the vision-language model is of a kind that this cannot be built on.
         """
         base, head, generation_config = _load_vlm(vlm)
         if not isinstance(visual_tokenizer, PreTrainedModel):
@@ -107,4 +141,4 @@ def _with_mean_rows(old: torch.Tensor, first: int, size: int) -> torch.Tensor:
     return new
 
 
-__all__ = ["FromVLMMixin"]
+__all__ = ["FromVLMMixin", "check_vlm"]

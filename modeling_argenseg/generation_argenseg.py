@@ -55,6 +55,8 @@ class ARGenSegGenerateOutput(GenerateDecoderOnlyOutput):
         picture_scores: for each row, the score in [0, 1] of each picture drawn, in order: the geometric mean of the
             probabilities of its tokens, first over the tokens of each scale, then over the scales.
         picture_token_logprobs: for each row, the log-probabilities (T,) of the tokens of each picture drawn.
+        past_key_values: as usual, of the columns of `sequences`; None for a static cache that waiting rows or words
+            that were not written left gaps in.
     """
 
     picture_scores: list[list[float]] | None = None
@@ -112,7 +114,22 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             raise ValueError(f"the prompt holds no image (placeholder id {self.config.image_token_id})")
         ids = ids[: int(places[-1]) + 1]
         outputs = self.model(input_ids=ids[None], use_cache=True, return_dict=True, **inputs)
-        return EncodedImage.from_cache(ids, outputs[CACHE])
+        return EncodedImage.from_cache(ids, outputs[CACHE], inputs.get("pixel_values"))
+
+    def compute_transition_scores(
+        self, sequences: torch.Tensor, scores: tuple[torch.Tensor, ...], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As usual, of answers in words.
+
+        Raises:
+            ValueError: there are pictures among the last `len(scores)` tokens; scores are of text alone.
+        """
+        if bool(self.config.is_visual(sequences[:, -len(scores) :]).any()):
+            raise ValueError(
+                "scores are of text, and these sequences hold pictures: the log-probabilities of their tokens are in "
+                "picture_token_logprobs of what generate returned"
+            )
+        return super().compute_transition_scores(sequences, scores, *args, **kwargs)
 
     def stream(self, **inputs: Any) -> PictureStream:
         """`generate` that shows its pictures while they are drawn.
@@ -126,7 +143,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         Returns:
             an iterable of `PartialPicture`, one a scale, which has `generate`'s result in `.outputs` afterwards.
         """
-        return PictureStream(self.generate, inputs)
+        return PictureStream(self.generate, inputs, self.device.type)
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
@@ -136,7 +153,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         for name, default in PICTURE_DEFAULTS.items():
             setattr(generation_config, name, given.get(name, getattr(generation_config, name, default)))
         if model_kwargs.get("encoded_image") is not None:
-            model_kwargs.pop("pixel_values", None)
+            model_kwargs["encoded_image"].check_images(model_kwargs.pop("pixel_values", None))
         return generation_config, model_kwargs
 
     def _prepare_cache_for_generation(
@@ -187,6 +204,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         **model_kwargs: Any,
     ) -> ARGenSegGenerateOutput | torch.Tensor:
         self._check_options(generation_config, synced_gpus)
+        if generation_config.prefill_chunk_size is not None and bool(self.config.is_visual(input_ids).any()):
+            raise ValueError("prefill_chunk_size would cut the pictures of the prompt: leave it out")
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
         rows = self._rows(input_ids, generation_config, model_kwargs)
         draft = self._draft(rows, generation_config, logits_processor, criteria)
@@ -276,7 +295,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             logits=tuple(rows.logits) or None,
             picture_scores=[[self._picture_score(one) for one in row] for row in rows.logprobs],
             picture_token_logprobs=rows.logprobs,
-            **{CACHE: rows.model_kwargs[CACHE]},
+            **{CACHE: rows.settle(rows.model_kwargs[CACHE])},
         )
 
     def _check_options(self, generation_config: GenerationConfig, synced_gpus: bool) -> None:

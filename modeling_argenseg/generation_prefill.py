@@ -95,9 +95,10 @@ class PrefillMixin:
         plain = plain and all(isinstance(criterion, EosTokenCriteria) for criterion in criteria)
         plain = plain and config.prefill_chunk_size is None and rows.model_kwargs.get("inputs_embeds") is None
         at = ids.index(self.config.gen_start_token_id) + 1
+        eos = config._eos_token_tensor
+        ends = [] if eos is None else eos.flatten().tolist()
+        plain = plain and not set(ids[:at]) & set(ends)
         if plain:
-            eos = config._eos_token_tensor
-            ends = [] if eos is None else eos.flatten().tolist()
             end = next((i for i in range(at, len(ids)) if ids[i] in ends), len(ids))
             rows.draft_after = nothing.new_tensor(ids[at:end])
         return nothing.new_tensor(ids[:at]) if plain or always else nothing
@@ -114,6 +115,10 @@ class PrefillMixin:
         encoded = model_kwargs.pop("encoded_image", None)
         if encoded is not None:
             columns, rows.mask = encoded.bring_forward(rows.ids, rows.mask)
+            if bool((columns[:, encoded.length :] == self.config.image_token_id).any()):
+                raise ValueError(
+                    "a prompt has an image beside that of encoded_image: leave encoded_image out, and pass pixel_values"
+                )
             encoded.fill(model_kwargs[CACHE], rows.ids.shape[0])
         batch, count = rows.running.shape[0], draft.shape[0]
         starts = rows.ids[:batch, -1:].eq(self.config.gen_start_token_id).any(-1)

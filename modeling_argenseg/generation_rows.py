@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 
 @dataclass
@@ -74,6 +75,34 @@ class Rows:
 
     def positions(self) -> torch.Tensor:
         return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def settle(self, cache: Any) -> Any:
+        """The cache with the columns of `answers`, as far as all rows have read theirs.
+
+        What waits, and what was drafted and not written, leaves gaps that only `mask` knows of. They are closed, and
+        rows of unconditional prompts go. None if the cache cannot be put in order: a static one with gaps, or one that
+        does not have its keys at hand.
+        """
+        batch, count = self.running.shape[0], cache.get_seq_length()
+        used, unread = self.mask[:batch, :count].bool(), self.mask[:batch, count:].any(-1)
+        pads = self.prompt_length - self.padding - used[:, : self.prompt_length].sum(-1)
+        lengths = pads + used.sum(-1)
+        length = int(lengths[unread].min() if bool(unread.any()) else lengths.max())
+        order = torch.zeros(batch, length, dtype=torch.long, device=self.mask.device)
+        for row, (kept, pad) in enumerate(zip(used, pads.tolist(), strict=True)):
+            columns = kept.nonzero()[: max(length - pad, 0), 0]
+            order[row, pad : pad + len(columns)] = columns
+        filled = order > 0  # nobody attends to the others
+        stays = order == torch.arange(length, device=order.device)
+        if self.copies == 1 and length == count and bool((stays | ~filled).all()):
+            return cache
+        if not all(type(layer) is DynamicLayer for layer in cache.layers):
+            return None
+        for layer in cache.layers:
+            at = order.to(layer.keys.device)[:, None, :, None]
+            layer.keys = layer.keys[:batch].take_along_dim(at, 2)
+            layer.values = layer.values[:batch].take_along_dim(at, 2)
+        return cache
 
     def answers(self) -> torch.Tensor:
         """Whole streams (B, L), right-padded: closes the gaps that waiting left, so that every row is plain again."""

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name import CACHE, warns_of_the_old_name
 from .configuration_argenseg import ARGenSegConfig
-from .from_vlm import FromVLMMixin
+from .from_vlm import FromVLMMixin, check_vlm
 from .generation_argenseg import ARGenSegGenerationMixin
 from .losses_argenseg import LossMixin, cross_entropy, token_losses
 from .released_checkpoint import LoadsReleased, model_arguments
@@ -93,9 +93,11 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
 
     def __init__(self, config: ARGenSegConfig) -> None:
         super().__init__(config)
+        config.check()
         width = config.text_config.hidden_size
         pictures = config.visual_tokenizer_config
         self.vlm = AutoModel.from_config(config.vlm_config)
+        check_vlm(self.vlm)
         self.generation_projector = GenerationProjector(config)
         self.scale_embedding = nn.Embedding(len(pictures.patch_nums), width)
         self.position_embedding = nn.Embedding(pictures.num_tokens, width)
@@ -160,8 +162,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         scales = [torch.full((sizes[k],), k, device=device) for k in range(first_scale, last_scale + 1)]
         start = sum(sizes[:first_scale])
         positions = torch.arange(start, start + features.shape[1], device=device)
-        projector = self.generation_projector
-        projected = projector(features.to(projector[0].weight.dtype))
+        projected = self.generation_projector(features.to(next(self.generation_projector.parameters()).dtype))
         added = self.scale_embedding(torch.cat(scales)) + self.position_embedding(positions)
         return projected.to(added.dtype) + added
 
@@ -193,7 +194,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
         placeholder = self.config.image_token_id
         if input_ids is None:
-            places = (embeds == self.get_input_embeddings().weight[placeholder]).all(-1)
+            looks = self.get_input_embeddings()(torch.tensor(placeholder, device=embeds.device))
+            places = (embeds == looks).all(-1)
         else:
             places = input_ids == placeholder
         if int(places.sum()) != features.shape[0]:
@@ -325,7 +327,8 @@ class ARGenSegForConditionalGeneration(
     def visual_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) over the codebook alone; a plain head multiplies only its visual rows."""
         first, count = self.config.visual_token_offset, self.config.visual_vocab_size
-        if type(self.lm_head) is nn.Linear:  # an adapter around the head must see all of it
+        # an adapter around the head must see all of it, and a head that is kept elsewhere is brought by its own call
+        if type(self.lm_head) is nn.Linear and self.lm_head.weight.device == hidden_states.device:
             return F.linear(hidden_states, self.lm_head.weight[first : first + count])
         return self.lm_head(hidden_states)[..., first : first + count]
 
@@ -342,7 +345,6 @@ class ARGenSegForConditionalGeneration(
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        shift_labels: torch.Tensor | None = None,
         skip_logits: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
@@ -353,15 +355,18 @@ class ARGenSegForConditionalGeneration(
             input_ids: stream (B, L); a picture is `<gen_start>` and T visual ids.
             pixel_values: images as the processor makes them, one for each image in the prompts, in order.
             labels: stream (B, L) with -100 where nothing is to be learned; shifted here.
-            shift_labels: the same, shifted already (as trainers for sharded sequences do); used in place of `labels`.
             logits_to_keep: as in transformers. With labels, all positions or a bool mask (B, L): the head then runs
                 at the marked positions only, logits are (N, vocabulary), and the loss is over those.
             skip_logits: with labels, make the loss without ever holding all logits, and return none. Default: in
                 training. The loss is the same, the memory a fraction where the vocabulary is large.
+            kwargs: among them `shift_labels`, labels that are shifted already (as trainers for sharded sequences make
+                them); used in place of `labels`. Not named above: `Trainer` would wait for both.
 
         Raises:
-            ValueError: a picture in the stream is not whole, or placeholders and images do not match.
+            ValueError: a picture in the stream is not whole, placeholders and images do not match, or there are labels
+                of visual tokens but no `input_ids`.
         """
+        targets = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -375,7 +380,6 @@ class ARGenSegForConditionalGeneration(
         )
         hidden = outputs.last_hidden_state
         logits = loss = text_loss = visual_loss = None
-        targets = shift_labels
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is None:

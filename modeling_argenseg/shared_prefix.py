@@ -13,10 +13,12 @@ class EncodedImage:
     Attributes:
         input_ids: the tokens that were read (P,); every prompt that uses this begins with them.
         layers: keys and values (1, heads, P, width) of each layer of the language model.
+        pixel_values: the image itself, to notice another one; None if it was given as features.
     """
 
     input_ids: torch.Tensor
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    pixel_values: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -24,7 +26,9 @@ class EncodedImage:
         return self.input_ids.shape[0]
 
     @classmethod
-    def from_cache(cls, input_ids: torch.Tensor, cache: Cache) -> "EncodedImage":
+    def from_cache(
+        cls, input_ids: torch.Tensor, cache: Cache, pixel_values: torch.Tensor | None = None
+    ) -> "EncodedImage":
         """
         Raises:
             ValueError: a layer does not keep all that it has read (sliding or linear attention).
@@ -34,7 +38,21 @@ class EncodedImage:
             if layer.is_sliding or layer.get_seq_length() != input_ids.shape[0]:
                 raise ValueError("encode_image needs a language model whose every layer attends to the whole prompt")
             layers.append((layer.keys, layer.values))
-        return cls(input_ids, tuple(layers))
+        return cls(input_ids, tuple(layers), pixel_values)
+
+    def check_images(self, pixel_values: torch.Tensor | None) -> None:
+        """
+        Raises:
+            ValueError: `pixel_values` (prompts * tiles, 3, H, W) are not the encoded image once for each prompt.
+        """
+        if pixel_values is None or self.pixel_values is None:
+            return
+        own = self.pixel_values.to(pixel_values.device, pixel_values.dtype)
+        fits = pixel_values.shape[1:] == own.shape[1:] and pixel_values.shape[0] % own.shape[0] == 0
+        if not fits or not bool((pixel_values.unflatten(0, (-1, own.shape[0])) == own).all()):
+            raise ValueError(
+                "pixel_values show something else than encoded_image: encode that image, or leave encoded_image out"
+            )
 
     def fill(self, cache: Cache, rows: int) -> None:
         """Puts a copy for each of `rows` rows into an empty cache of any kind."""

@@ -55,6 +55,9 @@ class LossMixin:
         Args:
             losses: (N,) at the N positions that `keep` (B, L) marks.
             targets: (N,) what these positions are to predict; -100 for nothing.
+
+        Raises:
+            ValueError: labels of visual tokens without `input_ids`, or where the stream has no picture.
         """
         is_visual = self.config.is_visual(targets)
         is_text = (targets != -100) & ~is_visual
@@ -62,11 +65,18 @@ class LossMixin:
         text_loss = losses[is_text].mean() if bool(is_text.any()) else zero
         if not bool(is_visual.any()):
             return text_loss, zero
+        if input_ids is None:
+            raise ValueError(
+                "labels hold visual tokens, but pictures are found by their ids: pass input_ids, not inputs_embeds. "
+                "(Prompt tuning and prefix embeddings pass inputs_embeds; LoRA does not.)"
+            )
         if self.config.visual_loss == "token":
             return text_loss, losses[is_visual].mean()
         scales = F.pad(self.scale_of_tokens(input_ids)[:, 1:], (0, 1), value=-1)[keep]
         drawn = [is_visual & (scales == scale) for scale in range(len(self.config.patch_nums))]
         means = [losses[where].mean() for where in drawn if bool(where.any())]
+        if not means:
+            raise ValueError("labels hold visual tokens where input_ids hold no picture; labels are input_ids, or -100")
         return text_loss, torch.stack(means).mean()
 
 

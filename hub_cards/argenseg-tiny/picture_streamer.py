@@ -63,13 +63,15 @@ class PictureStream:
         outputs: what `generate` returned, once the loop has run to its end; None before.
     """
 
-    def __init__(self, generate: Callable[..., Any], options: dict[str, Any]) -> None:
-        self._generate, self._options = generate, options
+    def __init__(self, generate: Callable[..., Any], options: dict[str, Any], device_type: str) -> None:
+        self._generate, self._options, self._device_type = generate, options, device_type
         self.outputs: Any = None
 
     def __iter__(self) -> Iterator[PartialPicture]:
         scales: queue.Queue[PartialPicture | BaseException | None] = queue.Queue()
-        stopped = threading.Event()
+        stopped, kind = threading.Event(), self._device_type
+        # a thread has an autocast of its own
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
         def hand_over(partial: PartialPicture) -> None:
             if stopped.is_set():
@@ -79,7 +81,8 @@ class PictureStream:
         def run() -> None:
             try:
                 streamer = PictureStreamer(hand_over, self._options.get("streamer"))
-                self.outputs = self._generate(**{**self._options, "streamer": streamer})
+                with autocast:
+                    self.outputs = self._generate(**{**self._options, "streamer": streamer})
                 scales.put(None)
             except _Stopped:
                 pass

@@ -27,11 +27,16 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
 from .image_inputs import load_image
-from .zoom import check_zoom_options, zoom_in
+from .segmentation_processing import check_threshold
+from .zoom import check_zoom_options, generate_option, zoom_in
 
 MULTI_MASK = ("union", "instances")
 PROMPTS_TOGETHER = 8  # prompts of one image that are answered at once where no batch size is given
 IMAGE_BY_IMAGE = 0  # a batch size
+EACH_ITS_TEXT = (
+    "For several images, text is one prompt for all of them, or a list that has for each image its prompt or its list "
+    "of prompts"
+)
 # what `pipeline` hands on although it has used it up itself
 NOT_FOR_GENERATE = ("local_files_only",)
 
@@ -82,12 +87,15 @@ class ARGenSegPipeline(Pipeline):
         if multi_mask is not None and multi_mask not in MULTI_MASK:
             raise ValueError(f"multi_mask must be one of {MULTI_MASK}, got {multi_mask!r}")
         options = {name: value for name, value in kwargs.items() if name not in NOT_FOR_GENERATE}
-        known = vars(GenerationConfig())
+        known = {*vars(GenerationConfig()), "generation_config"}
         unknown = [name for name in options if name not in known and not name.startswith("picture_")]
         if unknown:
             raise TypeError(f"unknown options {unknown}; options of generate go by their names or in generate_kwargs")
         forward = {**options, **(generate_kwargs or {})}
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a score, from 0 to 1; got {threshold!r}")
         if mask_threshold is not None:
+            check_threshold(mask_threshold)
             forward["mask_threshold"] = mask_threshold
         postprocess = {"multi_mask": multi_mask, "threshold": threshold}
         given = {name: value for name, value in postprocess.items() if value is not None}
@@ -200,6 +208,9 @@ class ARGenSegPipeline(Pipeline):
         self._encode([picture for picture, _ in requests])
         options = dict(forward_params)
         threshold = options.pop("mask_threshold", 0.5)
+        prepared = self._prepare_generate_kwargs(options)
+        if generate_option(self.model, prepared, "num_return_sequences") not in (None, 1):
+            raise ValueError("the pipeline gives one answer to each prompt; for several samples call model.generate")
         zoom = "conversations" in requests[0][0]
         if zoom:
             check_zoom_options(self.model, options)
@@ -215,7 +226,7 @@ class ARGenSegPipeline(Pipeline):
             labels=[picture["labels"][number] for picture, number in requests],
             threshold=threshold,
             prompt_length=inputs["input_ids"].shape[1],
-            stop_at_scale=options.get("picture_stop_at_scale"),
+            stop_at_scale=generate_option(self.model, prepared, "picture_stop_at_scale"),
         )
         if zoom:
             answers = self._zoom_in(requests, answers, threshold, options)
@@ -333,15 +344,20 @@ def _items(images: Iterable, text: Any) -> Iterator[dict[str, Any]]:
         yield from (_item(image, text) for image in images)
         return
     _check_lengths(images, text)
-    yield from (_item(image, one) for image, one in zip(images, text, strict=True))
+    texts = iter(text)
+    for number, image in enumerate(images):
+        try:
+            one = next(texts)
+        except StopIteration:
+            raise ValueError(f"got {number} texts, and more images. {EACH_ITS_TEXT}") from None
+        yield _item(image, one)
+    if any(True for _ in texts):
+        raise ValueError(f"got more texts than images. {EACH_ITS_TEXT}")
 
 
 def _check_lengths(images: Any, text: Any) -> None:
     if isinstance(images, Sized) and isinstance(text, Sized) and len(images) != len(text):
-        raise ValueError(
-            f"got {len(images)} images and {len(text)} texts. For several images, text is one prompt for all of them, "
-            "or a list that has for each image its prompt or its list of prompts"
-        )
+        raise ValueError(f"got {len(images)} images and {len(text)} texts. {EACH_ITS_TEXT}")
 
 
 class _ItemsOf(Dataset):

@@ -73,15 +73,17 @@ class SegmentationProcessingMixin:
         Args:
             ids: long tensor (N, T) of codebook indices, or those of the first whole scales: a coarse preview.
             target_sizes: N pairs (height, width); the picture's own size where `None`.
-            threshold: a pixel belongs to the object where its map is above this.
+            threshold: a pixel belongs to the object where its map is above this, from 0 to below 1.
 
         Returns:
             N float32 maps in [0, 1] and N bool masks, of the target sizes.
 
         Raises:
-            ValueError: ids of a wrong shape or out of the codebook; there is no visual tokenizer.
+            ValueError: ids of a wrong shape or out of the codebook, a threshold out of range; there is no visual
+                tokenizer.
         """
         model = self._require_visual_tokenizer()
+        check_threshold(threshold)
         ids = torch.as_tensor(ids)
         if ids.ndim != 2 or ids.shape[1] not in self.whole_scales:
             raise ValueError(
@@ -158,6 +160,8 @@ class SegmentationProcessingMixin:
         rows = [np.asarray(torch.as_tensor(row).cpu()) for row in sequences]
         if any(row.ndim != 1 for row in rows):
             raise ValueError("sequences must be (B, L): one row of token ids per answer")
+        if stop_at_scale is not None and stop_at_scale not in range(1, len(self.whole_scales) + 1):
+            raise ValueError(f"stop_at_scale must be from 1 to {len(self.whole_scales)}, got {stop_at_scale!r}")
         previews = [] if stop_at_scale is None else [self.whole_scales[stop_at_scale - 1]]
         return [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
 
@@ -186,6 +190,15 @@ class SegmentationProcessingMixin:
         text = self.tokenizer.decode(answer[self._pictures.is_text(answer)], skip_special_tokens=True).strip()
         # a <gen_start> that ends the prompt opens a picture of the answer
         return text, [span.codes for span in spans if not prompt_length or span.start >= prompt_length - 1]
+
+
+def check_threshold(threshold: float) -> None:
+    """
+    Raises:
+        ValueError: a threshold that every pixel, or none, is above.
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"a mask's threshold is from 0 to below 1, as its map in [0, 1] is; got {threshold!r}")
 
 
 def _sizes(target_sizes: Any, count: int) -> list[tuple[int, int] | None]:

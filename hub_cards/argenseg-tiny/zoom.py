@@ -20,6 +20,7 @@ from PIL import Image
 
 from .conversation_argenseg import collect_contents, with_image
 from .image_inputs import load_image
+from .segmentation_processing import check_threshold
 
 WIDER = (1.4, 1.7)  # sides of the views, by the longer side of the box around the mask
 SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
@@ -73,6 +74,7 @@ def zoom_in(
             image; an option asks for something that views cannot have, see `check_zoom_options`.
     """
     check_zoom_options(model, options)
+    check_threshold(threshold)
     images = _images_of(conversations, answers)
     views = list(_views(images, answers))
     waited_for = Counter(view.mask for view in views)
@@ -94,16 +96,19 @@ def check_zoom_options(model: Any, options: dict[str, Any]) -> None:
         ValueError: options of `generate` that views cannot have: previews (`picture_stop_at_scale`), guidance
             (`picture_guidance_scale`), several answers to a request, or what belongs to the whole image.
     """
-    config = options.get("generation_config") or model.generation_config
-    set_to = {
-        name: options.get(name, getattr(config, name, None)) for name in (*UNFIT, *LIMITED, "picture_stop_at_scale")
-    }
+    set_to = {name: generate_option(model, options, name) for name in (*UNFIT, *LIMITED, "picture_stop_at_scale")}
     if set_to["picture_stop_at_scale"] is not None:
         raise ValueError("zooming in needs whole pictures: leave out picture_stop_at_scale, or do not zoom")
     unfit = [name for name in UNFIT if set_to[name] is not None]
     unfit += [name for name, plain in LIMITED.items() if (set_to[name] or plain) != plain]
     if unfit:
         raise ValueError(f"{', '.join(unfit)} cannot be used to zoom in: every view is an image and a row of its own")
+
+
+def generate_option(model: Any, options: dict[str, Any], name: str) -> Any:
+    """What `generate(**options)` takes for one of them: given by name, in a configuration, or set for the model."""
+    config = options.get("generation_config") or model.generation_config
+    return options.get(name, getattr(config, name, None))
 
 
 def boxes_around(mask: np.ndarray) -> list[Box]:

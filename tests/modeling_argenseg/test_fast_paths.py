@@ -188,6 +188,19 @@ class TestWork:
             model.encode_image(torch.tensor([[300, 301, 302]]))
         with pytest.raises(ValueError, match="prompt 0 does not begin"):
             run(model, {"input_ids": torch.tensor([[3, 4, 5]])}, encoded_image=encoded)
+        alone, pixels = single(inputs, 0), inputs["pixel_values"]
+        with pytest.raises(ValueError, match="show something else than encoded_image"):
+            run(model, alone | {"pixel_values": pixels[:1].flip(-1)}, encoded_image=encoded)
+        two = torch.cat([alone["input_ids"], encoded.input_ids[-1:][None], alone["input_ids"][:, -1:]], dim=1)
+        with pytest.raises(ValueError, match="an image beside that of encoded_image"):
+            run(model, {"input_ids": two}, encoded_image=encoded)
+
+    def test_an_answer_that_ends_before_its_picture(self, toy_folder, processor, inputs) -> None:
+        model, ids = load(toy_folder), processor.picture_answer_ids
+        ends = [processor.tokenizer.eos_token_id, ids[2]]
+        assert ids[2] != processor.gen_start_token_id and ids.index(processor.gen_start_token_id) > 2
+        fast = run(model, inputs, picture_answer_ids=ids, eos_token_id=ends)
+        assert answers(fast, inputs) == answers(run(model, inputs, eos_token_id=ends), inputs)
 
 
 class TestStatic:
@@ -566,6 +579,16 @@ class TestPreviews:
         answer = answers(plain, inputs)[0]
         at = answer.index(processor.gen_start_token_id) + 1
         assert (first[3].codes[0] + processor.visual_token_offset).tolist() == answer[at : at + 30]
+
+    def test_a_stream_has_the_autocast_of_its_listener(self, toy_folder, processor, inputs) -> None:
+        model, ids = load(toy_folder), processor.picture_answer_ids
+        options = {"picture_answer_ids": ids, "return_dict_in_generate": True}
+        with torch.autocast("cpu", torch.bfloat16):
+            stream = model.stream(**single(inputs, 0), **options)
+            list(stream)
+            plain = run(model, single(inputs, 0), picture_answer_ids=ids)
+        assert stream.outputs.picture_scores == plain.picture_scores
+        assert plain.picture_scores != run(model, single(inputs, 0), picture_answer_ids=ids).picture_scores
 
     def test_a_listener_may_leave(self, toy_folder, processor, inputs) -> None:
         model, threads = load(toy_folder), set(threading.enumerate())

@@ -66,3 +66,21 @@ def test_a_saved_file_has_the_names_of_the_model(vlm, tmp_path):
     assert load_file(tmp_path / "model.safetensors").keys() == net.state_dict().keys()
     net.model.save_pretrained(tmp_path / "base")
     assert load_file(tmp_path / "base" / "model.safetensors").keys() == net.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale_attention": "Block"}, "'causal' or 'block', got 'Block'"),
+        ({"visual_loss": "tokens"}, "'token' or 'scale', got 'tokens'"),
+        ({"num_scales": 0}, "from 1 to 4, or None"),
+        ({"num_scales": -1}, "from 1 to 4, or None"),
+        ({"num_scales": 5}, "from 1 to 4, or None"),
+    ],
+)
+def test_a_mistyped_option_is_told(change, message, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**change)
+    with pytest.raises(ValueError, match=message):
+        type(tiny.model()).from_pretrained(tmp_path, **change)

@@ -23,7 +23,16 @@ from tiny import (
     stream,
     visual_logits,
 )
-from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3TextConfig,
+    Idefics3Config,
+    LlavaNextConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen2VLConfig,
+    Qwen3Config,
+)
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 
@@ -220,3 +229,62 @@ def test_cached_drawing_equals_teacher_forcing_and_batch_equals_single(make, sca
         assert torch.equal(logits.argmax(-1), ids) and len(ids.unique()) > 2
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
         torch.testing.assert_close(alone.picture_token_logprobs[0][0], logprobs, atol=1e-4, rtol=1e-4)
+
+
+def llava_next_config():
+    one = tiny.llava_config()
+    return LlavaNextConfig(vision_config=one.vision_config, text_config=one.text_config, image_token_id=IMAGE)
+
+
+def idefics_config():
+    text = tiny.text_config()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Idefics3Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
+
+
+def qwen2_vl_config():
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text |= {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+    return Qwen2VLConfig(
+        text_config=text, vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
+    )
+
+
+def mistral_config():
+    return tiny.internvl_config(tiny.text_config(MistralConfig, sliding_window=8))
+
+
+def mixed_config():
+    text = tiny.text_config(Gemma3TextConfig, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    return tiny.internvl_config(text)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            llava_next_config,
+            "LlavaNextModel cannot be built on: its image features need image_sizes beside pixel_values",
+        ),
+        (qwen2_vl_config, "Qwen2VLModel cannot be built on: its image features need image_grid_thw"),
+        (idefics_config, "Idefics3Model cannot be built on"),
+        (mistral_config, "layers of sliding_attention.*set sliding_window=None"),
+        (mixed_config, "layers of sliding_attention.*set sliding_window=None"),
+    ],
+)
+def test_what_cannot_be_built_on_is_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        ARGenSegForConditionalGeneration.from_vlm(make(), tiny.visual_tokenizer())
+
+
+def test_a_window_that_is_switched_off():
+    config = tiny.internvl_config(tiny.text_config(MistralConfig, sliding_window=None))
+    net = ARGenSegForConditionalGeneration.from_vlm(config, tiny.visual_tokenizer()).eval()
+    ids, image = prompt_of(net)
+    start = net.config.gen_start_token_id
+    out = generate(net, {"input_ids": ids}, [SURE, start, DONE], pixel_values=image)
+    assert int(net.config.is_visual(out.sequences).sum()) == T

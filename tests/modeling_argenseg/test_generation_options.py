@@ -306,3 +306,20 @@ class TestOutputs:
         assert torch.equal(first.sequences, third.sequences)
         ids = first.sequences
         net.train()(ids, labels=ids, pixel_values=tiny.images(2)).loss.backward()  # nothing left in inference mode
+
+
+def test_transition_scores_are_of_text():
+    net = tiny.model()
+    prompt = {"input_ids": PROMPTS[1]}
+    words = generate(net, prompt, [SURE, DOG], output_scores=True)
+    found = net.compute_transition_scores(words.sequences, words.scores)
+    assert found.tolist() == [[0.0, 0.0, 0.0]]
+    picture = generate(net, prompt, [SURE, GEN_START, DONE], output_scores=True)
+    with pytest.raises(ValueError, match="picture_token_logprobs"):
+        net.compute_transition_scores(picture.sequences, picture.scores)
+
+
+def test_a_prompt_with_a_picture_is_not_read_in_chunks():
+    net, ids = tiny.model(), PROMPTS[3]
+    with pytest.raises(ValueError, match="prefill_chunk_size would cut the pictures"):
+        net.generate(ids, **images_of(3), prefill_chunk_size=4, max_new_tokens=2)

@@ -1,5 +1,6 @@
 """`pipeline("image-segmentation")` with text prompts, on a toy model that has learned one photograph."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -200,8 +201,9 @@ def test_options(pipe: Any, photograph: Image.Image, toy_folder: Path) -> None:
     score = pipe(photograph, text=SQUARE)[0]["score"]
     assert len(pipe(photograph, text=SQUARE, threshold=score - 1e-3)) == 1
     assert pipe(photograph, text=SQUARE, threshold=min(score + 1e-3, 1.1)) == []
-    assert np.asarray(pipe(photograph, text=SQUARE, mask_threshold=-1)[0]["mask"]).all()
-    assert pipe(photograph, text=SQUARE, mask_threshold=1) == []  # drawn, but all black
+    areas = [np.count_nonzero(pipe(photograph, text=SQUARE, mask_threshold=at)[0]["mask"]) for at in (0.4, 0.5, 0.6)]
+    assert areas[0] > areas[1] > areas[2]
+    assert pipe(photograph, text=SQUARE, mask_threshold=0.999) == []  # drawn, but all black
     assert pipe(photograph, text=SQUARE, max_new_tokens=1) == []  # the answer ends before its picture
     assert pipe(photograph, text=SQUARE, generate_kwargs={"max_new_tokens": 1}) == []
     assert pipe(photograph, text=SQUARE, picture_do_sample=True, picture_top_k=1)[0]["score"] == pytest.approx(score)
@@ -228,11 +230,33 @@ def test_mistakes(pipe: Any, photograph: Image.Image) -> None:
         ([photograph] * 2, {"text": [SQUARE] * 3}, ValueError, "got 2 images and 3 texts"),
         (np.stack([photograph] * 2), {"text": [SQUARE]}, ValueError, "got 2 images and 1 texts"),
         ("nowhere.png", {"text": SQUARE}, ValueError, "nowhere.png"),
+        (photograph, {"text": SQUARE, "mask_threshold": 127}, ValueError, "from 0 to below 1"),
+        (photograph, {"text": SQUARE, "threshold": 2}, ValueError, "from 0 to 1; got 2"),
+        (photograph, {"text": SQUARE, "num_return_sequences": 2, "do_sample": True}, ValueError, "one answer to each"),
         ({"picture": photograph}, {}, ValueError, "needs the key 'image'"),
     ]
     for inputs, options, error, message in cases:
         with pytest.raises(error, match=message):
             pipe(inputs, **options)
+
+
+def test_streams_of_unlike_length(pipe: Any, photograph: Image.Image) -> None:
+    for images, texts, message in ((2, 1, "got 1 texts, and more images"), (1, 2, "got more texts than images")):
+        with pytest.raises(ValueError, match=message + ".*for each image its prompt"):
+            list(pipe((photograph for _ in range(images)), text=[SQUARE] * texts))
+
+
+def test_previews_that_a_configuration_asks_for(
+    pipe: Any, toy_folder: Path, photograph: Image.Image, expected: list[np.ndarray]
+) -> None:
+    config = copy.deepcopy(pipe.model.generation_config)
+    config.picture_stop_at_scale = 2
+    seen = simple(pipe(photograph, text=SQUARE, picture_stop_at_scale=2))
+    assert seen != simple(pipe(photograph, text=SQUARE))
+    assert simple(pipe(photograph, text=SQUARE, generation_config=config)) == seen
+    other = pipeline("image-segmentation", model=str(toy_folder))
+    other.model.generation_config.picture_stop_at_scale = 2
+    assert simple(other(photograph, text=SQUARE)) == seen
 
 
 def test_model_objects(pipe: Any, toy_folder: Path, photograph: Image.Image) -> None:

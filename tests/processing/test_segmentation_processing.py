@@ -51,6 +51,15 @@ def test_threshold(processor, streams):
     assert not processor.post_process_segmentation(streams([4]), threshold=0.7)[0]["segments"][0]["mask"].any()
 
 
+def test_options_out_of_range(processor, streams):
+    for threshold in (-0.1, 1, 127):
+        with pytest.raises(ValueError, match="from 0 to below 1"):
+            processor.post_process_segmentation(streams([4]), threshold=threshold)
+    for scale in (-1, 0, 9):
+        with pytest.raises(ValueError, match="stop_at_scale must be from 1 to"):
+            processor.post_process_segmentation(streams([4]), stop_at_scale=scale)
+
+
 def test_prompt_does_not_answer(processor, streams):
     prompt = ["like ", 0, "?<gen_start>"]
     whole = streams([*prompt[:2], "?", 7, "."])
