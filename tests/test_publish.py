@@ -288,6 +288,33 @@ def test_results_must_be_whole(changes, message, model_folder, tmp_path):
         hub_card.make_card("model", facts("model"), model_folder, [path])
 
 
+def test_a_baseline_is_not_taken_for_the_model(tmp_path):
+    metrics = {"segmentation": {"giou": 0.512, "ciou": 0.5}, "best_constant": {"giou": 0.266}}
+    cells = hub_card.read_result(result_file(tmp_path / "result.json", metrics=metrics))["cells"]
+    assert cells == {"giou": 0.512, "ciou": 0.5, "best_constant_giou": 0.266}
+
+
+def test_lines_of_other_settings_have_other_names(tmp_path):
+    usual = {"preset": "full", "seed": 2026, "expressions": 1000}
+    settings = [
+        {"options": usual},
+        {"options": usual, "zoom": True},
+        {"options": usual | {"seed": 7, "preset": "easy"}},
+        {"options": usual, "dtype": "bfloat16"},
+    ]
+    paths = [
+        result_file(tmp_path / f"{place}.json", task="scenes", settings={"samples": 1000, "dtype": "float32"} | one)
+        for place, one in enumerate(settings)
+    ]
+    names = [
+        result["name"].removeprefix("scenes, test, per-expression")
+        for result in hub_card.results_table(paths)["results"]
+    ]
+    assert names == [", dtype=float32", ", zooming in", ", preset=easy, seed=7", ", dtype=bfloat16"]
+    with pytest.raises(ValueError, match=r"0.json and .*0.json are both 'scenes, test, per-expression'"):
+        hub_card.results_table([paths[0], paths[0]])
+
+
 # ---------------------------------------------------------------------- the Space
 
 

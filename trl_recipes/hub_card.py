@@ -18,9 +18,12 @@ from huggingface_hub import ModelCardData, RepoCard, SpaceCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 from safetensors import safe_open
 
+from .tasks import load_task, task_names
+
 TEMPLATES = Path(__file__).parents[1] / "hub_cards" / "templates"
 KINDS = ("model", "metric", "space")
 TODO = "TODO"
+TOLD = ("dtype", "max_new_tokens", "batch_size", "device")  # settings that lines of the same name are told apart by
 LICENCES = {
     "model": ("code", "weights", "visual_tokenizer", "base_model", "data"),
     "metric": ("code",),
@@ -112,8 +115,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text())
-        name = f"{result['task']}, {result['split']}, {result['protocol']}"
-        samples, metrics = result["settings"]["samples"], result["metrics"]
+        name = f"{result['task']}, {result['split']}, {result['protocol']}" + _told_options(result)
+        settings, metrics = result["settings"], result["metrics"]
+        samples = settings["samples"]
         complete, commit = result["complete"], result["code"]["commit"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result.json of trl_recipes.evaluate: {error!r}") from None
@@ -121,18 +125,47 @@ def read_result(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the run did not answer the whole split, and a card must not hide that")
     kinds = result.get("kinds", {})
     cells: dict[str, float] = {}
-    for numbers in metrics.values():
-        cells |= {
-            key: value
-            for key, value in numbers.items()
-            if isinstance(value, float) and not any(key.endswith(f"_{kind}") for kind in kinds)
-        }
-    return {"name": name, "task": result["task"], "samples": samples, "cells": cells, "commit": commit}
+    for metric, numbers in metrics.items():
+        for key, value in numbers.items():
+            if isinstance(value, float) and not any(key.endswith(f"_{kind}") for kind in kinds):
+                cells[f"{metric}_{key}" if key in cells else key] = value  # the first metric is the task's own
+    return {"name": name, "samples": samples, "cells": cells, "commit": commit, "settings": settings}
+
+
+def _told_options(result: dict[str, Any]) -> str:
+    """What was not as the task has it: other options of its reader, and zooming in."""
+    settings = result["settings"]
+    usual = load_task(result["task"]).options if result["task"] in task_names() else {}
+    options = settings.get("options", {})
+    told = [f"{name}={value}" for name, value in options.items() if name not in usual or usual[name] != value]
+    return "".join(f", {one}" for one in [*told, *["zooming in"] * bool(settings.get("zoom"))])
+
+
+def tell_apart(results: list[dict[str, Any]], paths: list[Path]) -> None:
+    """Adds to equal names what differs in the settings of `TOLD`.
+
+    Raises:
+        ValueError: nothing of these does, so that a reader could not tell one line from the other.
+    """
+    for name in {result["name"] for result in results}:
+        same = [result for result in results if result["name"] == name]
+        values = {told: [result["settings"].get(told) for result in same] for told in TOLD}
+        for told in (told for told, found in values.items() if any(value != found[0] for value in found)):
+            for result, value in zip(same, values[told], strict=True):
+                result["name"] += f", {told}={value}"
+    names = [result["name"] for result in results]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            first = paths[names.index(name)]
+            raise ValueError(
+                f"{first} and {paths[place]} are both {name!r}; give one of them, a card has one line each"
+            )
 
 
 def results_table(paths: list[Path]) -> dict[str, Any]:
-    """`results` (cells as text), `columns` and `commits` for the template."""
+    """`results` (cells as text), `columns` and `commits` for the template. Raises ValueError, see `tell_apart`."""
     results = [read_result(path) for path in paths]
+    tell_apart(results, paths)
     columns = list(dict.fromkeys(name for result in results for name in result["cells"]))
     commits = sorted({result["commit"][:12] for result in results if result["commit"]})
     shown = [result | {"cells": {name: _number(result["cells"].get(name)) for name in columns}} for result in results]
