@@ -29,7 +29,7 @@ def learning_curve(losses: Sequence[tuple[float, float]], metrics: Sequence[dict
         y = place(0, tenth / 10)[1]
         draw.line([(LEFT, y), (right, y)], fill=(230, 230, 230))
         draw.text((LEFT - 28, y - 8), f"{tenth / 10:.1f}", fill="black", font=font)
-        draw.text((right + 6, y - 8), f"{ceiling * tenth / 10:.1f}", fill=COLOURS["loss"], font=font)
+        draw.text((right + 6, y - 8), f"{ceiling * tenth / 10:.3g}", fill=COLOURS["loss"], font=font)
         x = place(last * tenth / 10, 0)[0]
         draw.text((x - 10, bottom + 6), f"{last * tenth / 10:.0f}", fill="black", font=font)
     draw.text(((LEFT + right) / 2 - 14, bottom + 24), "steps", fill="black", font=font)

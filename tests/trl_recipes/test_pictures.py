@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from trl_recipes.learning_curve import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, learning_curve
 from trl_recipes.picture_grid import CAPTION, GAP, SIDE, overlay, picture_grid, save_picture
@@ -57,3 +57,12 @@ def test_a_curve_goes_through_what_was_measured():
         y = HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * value
         assert picture.getpixel((round(x), round(y))) == COLOURS["giou"]
     assert learning_curve([], []).size == (WIDTH, HEIGHT)
+
+
+@pytest.mark.parametrize(("loss", "lowest"), [(0.2, "0.042"), (4.0, "0.84"), (100.0, "21")])
+def test_labels_of_the_loss_differ(loss, lowest, monkeypatch):
+    texts = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, **_: texts.append((place[0], text)))
+    learning_curve([(10, loss)], [])
+    labels = [text for x, text in texts if x == WIDTH - RIGHT + 6]
+    assert labels[:2] == ["0", lowest] and len(set(labels)) == 6
