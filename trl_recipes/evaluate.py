@@ -101,6 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("batch_size", "cpu_threads", "limit", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"error: --{name.replace('_', '-')} must be at least 1")
+    for name in ("bootstrap", "gallery", "seed"):
+        if getattr(args, name) < 0:
+            raise SystemExit(f"error: --{name} must be at least 0")
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     # a process that is done waits for the others, however long they take
     state = PartialState(cpu=cpu, timeout=timedelta(days=7))
