@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 
 from processing.mask_inputs import load_mask
@@ -116,9 +116,23 @@ def open_labels(path: str | Path) -> np.ndarray:
 
 
 def open_mask(path: str | Path) -> np.ndarray:
-    """A mask picture as bool (H, W): true above half of white. Antialiased edges are thresholded."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L")) > 127
+    """A mask picture as bool (H, W), as `load_mask` reads it (0 and 1, 0 and 255). Antialiased edges are thresholded at
+    half of white. EXIF rotation is not applied, as with images.
+
+    Raises:
+        ValueError: there is no such picture, or it is neither black and white nor has greys above half of white.
+    """
+    try:
+        with Image.open(path) as image:
+            image.getexif().pop(ExifTags.Base.Orientation, None)
+            grey = np.asarray(image.convert("L"))
+            return load_mask(image)
+    except OSError as error:
+        raise ValueError(f"cannot read the mask {path}: {error}") from error
+    except ValueError as error:
+        if grey.max() > 127:
+            return grey > 127
+        raise ValueError(f"{path}: {error}") from error
 
 
 def segmentation_rle(segmentations: Sequence[Any], height: int, width: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from processing.mask_inputs import load_mask
 from trl_recipes.tasks import MissingData, Sample, Samples, load_task, open_source, read_samples
-from trl_recipes.tasks.samples import open_labels, open_rgb, segmentation_rle
+from trl_recipes.tasks.samples import open_labels, open_mask, open_rgb, segmentation_rle
 from trl_recipes.tasks.semantic import vocabulary
 
 
@@ -117,6 +117,30 @@ def test_mvtec_has_nothing_to_segment_on_good_things(tmp_path):
     (tmp_path / "metal_nut" / "ground_truth" / "scratch" / "000_mask.png").unlink()
     with pytest.raises(MissingData, match="000_mask.png is missing"):
         read("mvtec_ad", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_masks_of_zeros_and_ones_are_read_as_everywhere(tmp_path, dtype):
+    """A threshold at half of white took them for empty."""
+    square = tiny_tasks.square()
+    Image.fromarray(square.astype(dtype)).save(tmp_path / "mask.png")
+    assert np.array_equal(open_mask(tmp_path / "mask.png"), square)
+    labels = Image.fromarray(square.astype(np.uint8)).convert("P")
+    labels.putpalette([0, 0, 0, 128, 0, 0])  # as label maps are coloured
+    labels.save(tmp_path / "mask.png")
+    assert np.array_equal(open_mask(tmp_path / "mask.png"), square)
+
+
+def test_soft_edges_of_masks_are_thresholded(tmp_path):
+    grey = tiny_tasks.square().astype(np.uint8) * 255
+    grey[5], grey[14] = grey[5] // 2 + 1, grey[14] // 3
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    assert np.array_equal(open_mask(tmp_path / "mask.png"), grey > 127)
+    Image.fromarray(tiny_tasks.square().astype(np.uint8) * 2).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"mask.png: the mask holds the values \[0, 2\]"):
+        open_mask(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="cannot read the mask .*nothing.png"):
+        open_mask(tmp_path / "nothing.png")
 
 
 def test_pope_has_three_kinds_of_questions(tmp_path):
