@@ -40,19 +40,20 @@ def _category(path: Path) -> str:
 
 def _questions(source: Source, path: Path) -> list[Sample]:
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            samples.append(
-                Sample(
-                    id=f"{_category(path)}-{int(row['question_id']):06d}",
-                    text=row["text"],
-                    load_image=partial(open_rgb, source.images / row["image"]),
-                    answer=row["label"],
-                    kind=_category(path),
-                    group=row["image"],
+    with path.open(encoding="utf-8") as file:  # splits lines at line ends alone; str.splitlines does in texts, too
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                samples.append(
+                    Sample(
+                        id=f"{_category(path)}-{int(row['question_id']):06d}",
+                        text=row["text"],
+                        load_image=partial(open_rgb, source.images / row["image"]),
+                        answer=row["label"],
+                        kind=_category(path),
+                        group=row["image"],
+                    )
                 )
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no question of POPE ({error!r})") from None
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: no question of POPE ({error!r})") from None
     return samples

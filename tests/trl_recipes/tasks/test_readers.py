@@ -155,6 +155,15 @@ def test_pope_has_three_kinds_of_questions(tmp_path):
         read("pope", tmp_path)
 
 
+def test_pope_has_any_characters_in_its_questions(tmp_path):
+    tiny_tasks.write_pope(tmp_path)
+    text = "Is there\u2028a dog\x85?"
+    row = {"question_id": 3, "image": "COCO_val2014_000000310196.jpg", "text": text, "label": "no"}
+    with (tmp_path / "coco_pope_random.json").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    assert read("pope", tmp_path, split="random")[2].text == text
+
+
 def test_pope_of_the_hub(tmp_path):
     rows = [
         {"id": str(i), "question_id": str(i), "question": f"Is there a {thing}?", "answer": answer, "category": kind,
