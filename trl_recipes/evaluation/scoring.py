@@ -122,7 +122,7 @@ class Scores:
         drawn, words = prediction["mask"] is not None, bool(prediction["text"].strip())
         always, answer = self.task.targets == "always", self.task.answer
         bad = not words if answer == "text" else not drawn if answer == "box" or always else not (drawn or words)
-        self.counts.update(total=1, not_drawn=not drawn, invalid=bad)
+        self.counts.update(total=1, not_drawn=int(not drawn), invalid=int(bad))
 
     def _store_main(self, metric: Any, sample: Sample, predicted: Any, truth: Any, **options: Any) -> float:
         try:

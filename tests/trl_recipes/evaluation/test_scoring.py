@@ -77,6 +77,15 @@ def test_an_answer_of_nothing_at_all_is_invalid(photographs, tmp_path):
     assert scores.counts == {"total": 4, "not_drawn": 3, "invalid": 2}
 
 
+def test_counts_are_numbers_even_of_one_answer(photographs, tmp_path):
+    (tmp_path / "data" / "real.json").write_text(
+        json.dumps({"items": [{"image": "images/red.jpg", "mask": "masks/a.png", "expressions": ["it"], "kind": "x"}]})
+    )
+    scores, *_ = scored("real", photographs, [prediction(None, " ")], tmp_path)
+    counts = scores.result(0, 0)["answers"]
+    assert json.dumps([counts["not_drawn"], counts["invalid"]]) == "[1, 1]"
+
+
 def test_where_something_is_always_there_an_answer_without_a_mask_is_invalid(tmp_path):
     root = tiny_tasks.write_refer(tmp_path / "data")
     square, empty = tiny_tasks.square(), np.zeros((30, 40), bool)
