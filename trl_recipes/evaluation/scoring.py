@@ -33,7 +33,7 @@ from .store import PredictionStore
 
 VOID = -1  # of the label maps that readers make
 MAKERS: dict[str, Callable[[Sequence[str]], Accumulator]] = {
-    "segmentation": lambda names: SegmentationMetrics((0.5, 0.7, 0.9)),
+    "segmentation": lambda names: SegmentationMetrics((0.5, 0.7, 0.8, 0.9)),
     "boundary_iou": lambda names: BoundaryIoU(),
     "ahd": lambda names: AverageHausdorff(),
     "calibration": lambda names: MaskCalibration(),

@@ -118,6 +118,7 @@ def test_no_target_of_grefcoco(tmp_path):
         found = scores.result(0, 0)["metrics"]["segmentation"]
         assert (found["giou"], found["n_acc"], found["t_acc"]) == (giou, n_acc, 2 / 3)
         assert found["ciou"] == (132 + 120) / (132 + 132 + 120 + extra)
+        assert found["pr@0.7"] == found["pr@0.8"] == found["pr@0.9"] == 2 / 3  # ReLA's, of samples with a target
 
 
 def test_reasonseg_ignores_what_is_marked_so(tmp_path):
