@@ -12,11 +12,12 @@ Without a GPU `accelerate launch` starts several processes only with `--multi_gp
 `python -m trl_recipes.tasks list` tells which tasks there are; without its data a task says what it needs and where to
 get it. What a run leaves in its output folder:
 
-  result.json               metrics with confidence intervals, the protocol in words, commit, versions, settings
+  result.json               metrics with confidence intervals, the protocol in words, settings, commit and versions that
+                            answered (in `went_on_with` those of a run that went on after a change) and that scored
   scores.jsonl              the score of every sample
   gallery.html              the worst and the best answers
   predictions-*.jsonl       every answer, its mask as COCO RLE: one file a process
-  run.json                  the settings that the predictions depend on
+  run.json                  what the predictions depend on (model, processor, data, settings), and the code they are of
 
 The same command again goes on with a run that was stopped, with as many processes as you like, and on a run that is
 complete only computes the scores again. The numbers do not depend on the number of processes, bit for bit: batches are
@@ -43,7 +44,17 @@ from processing import ARGenSegProcessor
 from .command_line import loading
 from .evaluation.gallery import write_gallery
 from .evaluation.predictions import ModelPredictor, predict
-from .evaluation.report import check_settings, commit, fingerprint, hash_texts, versions, write_settings
+from .evaluation.report import (
+    answered_by,
+    check_settings,
+    code,
+    hash_files,
+    hash_samples,
+    hash_texts,
+    model_settings,
+    processor_settings,
+    write_settings,
+)
 from .evaluation.scoring import EXTRA, Scores, score
 from .evaluation.store import PATTERN, PredictionStore
 from .tasks import Samples, Source, load_task, open_source, read_samples, semantic, task_names
@@ -132,7 +143,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     if state.device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
     model, processor = load_model(args.model, args.dtype, state.device)
-    settings = run_settings(args, source, samples, model, state.device)
+    settings = run_settings(args, source, samples, model, processor, state.device)
     if state.is_main_process:
         start_folder(folder, args.overwrite)
         write_settings(folder / "run.json", settings)
@@ -140,8 +151,11 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     check_settings(folder / "run.json", settings)
     store = PredictionStore(folder).read()
     state.wait_for_everyone()  # everybody has read: nobody writes before
-    if len(store) and state.is_main_process:
-        print(f"going on: {len(store)} predictions are there already", file=sys.stderr)
+    if state.is_main_process:
+        if len(store):
+            print(f"going on: {len(store)} predictions are there already", file=sys.stderr)
+        if any(name not in store for name in samples.ids) and len(answered_by(folder / "run.json", code())) > 1:
+            print("going on with another commit or other versions than before; the result says so", file=sys.stderr)
     store.open_for(state.process_index)
     options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     predictor = ModelPredictor.for_task(model, processor, task, source.protocol, zoom=args.zoom, **options)
@@ -158,7 +172,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
             "processes": processes,
             "duplicates": store.duplicates,
         }
-        report(args, source, settings, scores, samples, store, folder, about)
+        report(args, source, settings, answered_by(folder / "run.json"), scores, samples, store, folder, about)
 
 
 def load_samples(source: Source, limit: int | None) -> tuple[Samples, list[str]]:
@@ -209,7 +223,7 @@ def start_folder(folder: Path, overwrite: bool) -> None:
 
 
 def run_settings(
-    args: argparse.Namespace, source: Source, samples: Samples, model: Any, device: torch.device
+    args: argparse.Namespace, source: Source, samples: Samples, model: Any, processor: Any, device: torch.device
 ) -> dict[str, Any]:
     """What predictions depend on. A run goes on only under the settings that it began with."""
     task = source.task
@@ -222,16 +236,19 @@ def run_settings(
         "options": source.options,
         "prompts_of_kinds": task.prompts_of_kinds,
         "data_format": source.format,
-        "data_files": hash_texts(f"{path.name} {path.stat().st_size}" for paths in source.files for path in paths),
+        "data_files": hash_files([path for paths in source.files for path in paths]),
         "samples": len(samples),
         "sample_ids": hash_texts(samples.ids),
+        "sample_contents": hash_samples(samples),
+        "images": None if args.images is None else str(args.images),
         "model": args.model,
-        "weights": fingerprint(model),
+        **model_settings(model),
+        "processor": processor_settings(processor),
         "hub_commit": getattr(model.config, "_commit_hash", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
-        **({"zoom": True} if args.zoom else {}),  # runs begun before there was zooming can go on
+        "zoom": args.zoom,
         "device": device.type,
         "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
     }
@@ -241,13 +258,14 @@ def report(
     args: argparse.Namespace,
     source: Source,
     settings: dict[str, Any],
+    codes: list[dict[str, Any]],
     scores: Scores,
     samples: Samples,
     store: PredictionStore,
     folder: Path,
     about: dict[str, Any],
 ) -> None:
-    """Writes result.json, scores.jsonl and gallery.html, and prints what counts."""
+    """Writes result.json, scores.jsonl and gallery.html, and prints what counts; `codes` made the predictions."""
     task, expected = source.task, source.task.counts.get(source.split, {}).get(source.protocol)
     result = {
         "task": task.name,
@@ -259,8 +277,10 @@ def report(
         "expected_samples": expected,
         **scores.result(args.bootstrap, args.seed),
         "settings": settings,
-        "code": commit(),
-        "versions": versions(),
+        "code": {name: value for name, value in codes[0].items() if name != "versions"},
+        "versions": codes[0]["versions"],
+        "went_on_with": codes[1:],
+        "scored_by": code(),
         "run": about,
     }
     _write(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")

@@ -118,7 +118,8 @@ def read_result(path: Path) -> dict[str, Any]:
         name = f"{result['task']}, {result['split']}, {result['protocol']}" + _told_options(result)
         settings, metrics = result["settings"], result["metrics"]
         samples = settings["samples"]
-        complete, commit = result["complete"], result["code"]["commit"]
+        complete = result["complete"]
+        commits = [one["commit"] for one in (result["code"], *result.get("went_on_with", ()))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result.json of trl_recipes.evaluate: {error!r}") from None
     if not complete:
@@ -129,7 +130,7 @@ def read_result(path: Path) -> dict[str, Any]:
         for key, value in numbers.items():
             if isinstance(value, float) and not any(key.endswith(f"_{kind}") for kind in kinds):
                 cells[f"{metric}_{key}" if key in cells else key] = value  # the first metric is the task's own
-    return {"name": name, "samples": samples, "cells": cells, "commit": commit, "settings": settings}
+    return {"name": name, "samples": samples, "cells": cells, "commits": commits, "settings": settings}
 
 
 def _told_options(result: dict[str, Any]) -> str:
@@ -167,7 +168,7 @@ def results_table(paths: list[Path]) -> dict[str, Any]:
     results = [read_result(path) for path in paths]
     tell_apart(results, paths)
     columns = list(dict.fromkeys(name for result in results for name in result["cells"]))
-    commits = sorted({result["commit"][:12] for result in results if result["commit"]})
+    commits = sorted({commit[:12] for result in results for commit in result["commits"] if commit})
     shown = [result | {"cells": {name: _number(result["cells"].get(name)) for name in columns}} for result in results]
     return {"results": shown, "columns": columns, "commits": ", ".join(commits)}
 

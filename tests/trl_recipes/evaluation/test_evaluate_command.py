@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import tiny_tasks
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_recipes import evaluate
@@ -98,7 +99,7 @@ def test_the_numbers_are_those_of_the_evaluation_in_memory(alone, learned_folder
 
 def test_zooming_in_is_another_setting(alone, scenes, learned_folder, bank_folder, tmp_path, capsys):
     found = run(tmp_path, *scenes, "--limit", 6, "--zoom")
-    assert found["settings"]["zoom"] and "zoom" not in numbers(alone)["settings"]  # so that older runs can go on
+    assert found["settings"]["zoom"] and not numbers(alone)["settings"]["zoom"]
     assert ", zooming in\n" in capsys.readouterr().out
     samples = read_samples(
         open_source(load_task("scenes"), bank_folder, split="unseen", options=found["settings"]["options"])
@@ -108,7 +109,7 @@ def test_zooming_in_is_another_setting(alone, scenes, learned_folder, bank_folde
     processor = AutoProcessor.from_pretrained(learned_folder)
     expected = evaluate_expressions(model, processor, rows, batch_size=2, zoom=True)
     assert expected["giou"] == found["metrics"]["segmentation"]["giou"]
-    with pytest.raises(SystemExit, match="zoom was True and is now None"):
+    with pytest.raises(SystemExit, match="zoom was True and is now False"):
         run(tmp_path, *scenes, "--limit", 6)
 
 
@@ -204,6 +205,95 @@ def test_other_weights_are_other_settings(scenes, alone, learned_folder, tmp_pat
     model.save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="weights was"):
         run(alone, *scenes, "--model", tmp_path)
+
+
+def changed_copy(learned_folder, folder: Path, what: str) -> Path:
+    """The model with one thing changed that is no parameter of it."""
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(learned_folder),
+        AutoProcessor.from_pretrained(learned_folder),
+    )
+    if what == "weights":
+        model.model.quantizer.ema_vocab_hit_SV += 1
+    elif what == "generation_config.max_new_tokens":
+        model.generation_config.max_new_tokens = 7
+    elif what == "processor.visual_tokenizer":
+        next(processor.visual_tokenizer.parameters()).data.flatten()[1] += 1
+    elif what == "processor.segmentation_prompt":
+        processor.segmentation_prompt = "Where is {prompt}?"
+    elif what == "processor.chat_template":
+        processor.chat_template += " "
+    elif what == "processor.image_processor.image_mean":
+        processor.image_processor.image_mean = [0, 0, 0]
+    else:
+        processor.tokenizer.add_tokens(["another word"])
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "weights",
+        "generation_config.max_new_tokens",
+        "processor.visual_tokenizer",
+        "processor.segmentation_prompt",
+        "processor.chat_template",
+        "processor.image_processor.image_mean",
+        "processor.text_tokenizer",
+    ],
+)
+def test_whatever_answers_depend_on_is_a_setting(what, scenes, alone, learned_folder, tmp_path):
+    with pytest.raises(SystemExit, match=f"{what} was .* and is now"):
+        run(alone, *scenes, "--model", changed_copy(learned_folder, tmp_path, what))
+
+
+def test_other_data_of_the_same_names_are_other_settings(toy_folder, tmp_path):
+    data, out = tiny_tasks.write_photographs(tmp_path / "data"), tmp_path / "out"
+    arguments = ("--model", toy_folder, "--task", "real", "--data", data, "--bootstrap", 0)
+    run(out, *arguments)
+    path = data / "real.json"
+    content = path.read_text()
+    path.write_text(content.replace("the red thing", "the big thing"))  # as many bytes
+    with pytest.raises(SystemExit, match="data_files was .*; sample_contents was"):
+        run(out, *arguments)
+    path.write_text(content)
+    others = Path(shutil.copytree(data, tmp_path / "others"))
+    Image.new("RGB", (60, 40), (30, 30, 200)).save(others / "images" / "red.jpg")
+    with pytest.raises(SystemExit, match="images was None and is now '.*others'; sample_contents was"):
+        run(out, *arguments, "--images", others)
+
+
+def test_a_result_tells_the_code_of_its_predictions(scenes, alone, tmp_path, monkeypatch, capsys):
+    lines, before = predictions(alone), json.loads((alone / "run.json").read_text())
+    earlier = before["answered_by"][0] | {"commit": "0" * 40}
+    (tmp_path / "run.json").write_text(json.dumps(before | {"answered_by": [earlier]}))
+    part = tmp_path / "predictions-00000.jsonl"
+    part.write_text("".join(lines))
+    only_scored = run(tmp_path, *scenes)
+    assert only_scored["code"]["commit"] == "0" * 40 and only_scored["went_on_with"] == []
+    assert only_scored["scored_by"] == before["answered_by"][0]
+    part.write_text("".join(lines[:-1]))
+    gone_on = run(tmp_path, *scenes)
+    assert gone_on["code"]["commit"] == "0" * 40 and gone_on["went_on_with"] == before["answered_by"]
+    assert "another commit" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_does_not_go_on(scenes, alone, tmp_path):
+    before = json.loads((alone / "run.json").read_text())
+    del before["answered_by"]
+    (tmp_path / "run.json").write_text(json.dumps(before))
+    with pytest.raises(
+        SystemExit, match="run.json was written by an earlier version.*another --output, or --overwrite"
+    ):
+        run(tmp_path, *scenes)
+
+
+def test_predictions_of_an_unknown_run_are_not_taken_over(scenes, alone, tmp_path):
+    (tmp_path / "predictions-00000.jsonl").write_text("".join(predictions(alone)))
+    with pytest.raises(SystemExit, match="holds predictions, but no run.json"):
+        run(tmp_path, *scenes)
 
 
 def test_overwrite_begins_anew(scenes, alone, tmp_path):
