@@ -136,7 +136,7 @@ def jpeg(seed: int = 0) -> bytes:
     return buffer.getvalue()
 
 
-def write_lmms(root: Path) -> Path:
+def write_lmms(root: Path, folder: str = "refcoco") -> Path:
     """As lmms-lab/RefCOCO: images inside, one polygon an object, in two files and several row groups."""
     rows = [
         {
@@ -150,14 +150,14 @@ def write_lmms(root: Path) -> Path:
             (["lower part"], TWO_PARTS[1], [30.0, 20, 4, 4], 98304),
         ])
     ]  # fmt: skip
-    (root / "data").mkdir(parents=True, exist_ok=True)
+    (root / folder / "data").mkdir(parents=True, exist_ok=True)
     for number, part in enumerate((rows[:2], rows[2:])):
-        path = root / "data" / f"val-{number:05d}-of-00002.parquet"
+        path = root / folder / "data" / f"val-{number:05d}-of-00002.parquet"
         pq.write_table(pa.Table.from_pylist(part), path, row_group_size=1)
     return root
 
 
-def write_jxu(root: Path) -> Path:
+def write_jxu(root: Path, folder: str = "refcoco") -> Path:
     """As jxu124/refcoco: annotations as JSON in columns, images elsewhere, val is called validation."""
     known, infos = {one["id"]: one for one in annotations()}, {one["id"]: one for one in images()}
     rows = [
@@ -169,8 +169,8 @@ def write_jxu(root: Path) -> Path:
         }
         for ref in refs() if ref["split"] == "val"
     ]  # fmt: skip
-    (root / "data").mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), root / "data" / "validation-00000-of-00001-abc.parquet")
+    (root / folder / "data").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), root / folder / "data" / "validation-00000-of-00001-abc.parquet")
     for image in images():
         write_image(root / "coco" / "train2014" / image["file_name"], seed=image["id"])
     return root

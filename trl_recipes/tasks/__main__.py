@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from processing.mask_inputs import load_mask
 
 from . import MissingData, Sample, Source, Task, load_task, open_source, read_samples, task_names, verify_archives
-from .leakage import find_leaks, held_out_images, write_exclusions
+from .leakage import find_leaks, held_out_images, splits_not_read, write_exclusions
 from .task import DEFINITIONS
 
 
@@ -106,6 +106,8 @@ def _leakage(args: argparse.Namespace) -> None:
     images, read = held_out_images(args.data)
     write_exclusions(args.output, images, read)
     print(f"{len(images)} images of {', '.join(read)} are in {args.output}")
+    if others := splits_not_read(read):
+        print(f"not read, and not in it: {', '.join(others)}")
     leaks = {path: find_leaks(path, images) for path in args.training}
     for path, found in leaks.items():
         print(f"{path}: {len(found)} of them" + (f", such as {sorted(found)[:3]}" if found else ""))

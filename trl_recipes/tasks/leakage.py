@@ -26,18 +26,31 @@ def held_out_images(data: str | Path, tasks: Iterable[str] = TASKS) -> tuple[set
     """
     images: set[int] = set()
     read: list[str] = []
+    nameless: list[str] = []
     for name in tasks:
         task = load_task(name)
         for split in task.splits:
             try:
                 source = open_source(task, data, split)
             except MissingData:
+                nameless += [one for layout in task.layouts for one in layout.find_nameless(Path(data), split)]
                 continue
             images |= {int(reference.image_id) for reference in refcoco.read_references(source)}
             read.append(f"{name}/{split}")
     if not read:
-        raise MissingData(f"none of {', '.join(tasks)} is in {data}; `tasks show refcoco` tells where to get them")
+        hint = (
+            f"; {nameless[0]} may be of several: move it to refcoco/{nameless[0]}, or whose it is" if nameless else ""
+        )
+        raise MissingData(
+            f"none of {', '.join(tasks)} is in {data}; `tasks show refcoco` tells where to get them{hint}"
+        )
     return images, read
+
+
+def splits_not_read(read: Iterable[str], tasks: Iterable[str] = TASKS) -> list[str]:
+    """The other splits of the tasks, as `task/split`: their images are not held out."""
+    known = set(read)
+    return [one for name in tasks for split in load_task(name).splits if (one := f"{name}/{split}") not in known]
 
 
 def write_exclusions(path: Path, images: set[int], read: list[str]) -> None:

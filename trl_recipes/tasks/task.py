@@ -24,15 +24,29 @@ class Layout:
         format: name of the form, for the reader.
         files: glob patterns below the data folder, with `{split}`; each must match something.
         splits: names of splits in this form, where they differ.
+        folders: names of the data set's own folder, where other data sets have files of the same names: the files must
+            lie in a folder of such a name in the data folder, or the data folder must be called so.
     """
 
     format: str
     files: tuple[str, ...]
     splits: dict[str, str] = field(default_factory=dict)
+    folders: tuple[str, ...] = ()
 
     def find(self, root: Path, split: str) -> dict[str, list[Path]]:
         """Pattern -> the files that match it, sorted."""
-        named = [pattern.replace("{split}", self.splits.get(split, split)) for pattern in self.files]
+        places = [f"{name}/" for name in self.folders]
+        if not self.folders or root.absolute().name in self.folders or root.resolve().name in self.folders:
+            places.append("")
+        found = [self._find_in(place, root, split) for place in places]
+        return next((files for files in found if all(files.values())), found[0])
+
+    def find_nameless(self, root: Path, split: str) -> list[str]:
+        """Patterns that match in the data folder, where nothing says that they are of this data set."""
+        return [pattern for pattern, files in self._find_in("", root, split).items() if self.folders and files]
+
+    def _find_in(self, place: str, root: Path, split: str) -> dict[str, list[Path]]:
+        named = [place + pattern.replace("{split}", self.splits.get(split, split)) for pattern in self.files]
         return {pattern: sorted(root.glob(_escape(pattern))) for pattern in named}
 
 
@@ -112,7 +126,8 @@ def read_task(path: Path) -> Task:
     if unknown:
         raise ValueError(f"{path.name}: unknown field {unknown[0]!r}; a task has {', '.join(sorted(known))}")
     content["layouts"] = tuple(
-        Layout(one["format"], tuple(one["files"]), one.get("splits", {})) for one in content.get("layouts", [])
+        Layout(one["format"], tuple(one["files"]), one.get("splits", {}), tuple(one.get("folders", ())))
+        for one in content.get("layouts", [])
     )
     for name in ("splits", "metrics", "images", "archives"):
         if name in content:
@@ -222,6 +237,11 @@ def _what_is_missing(task: Task, root: Path, split: str, found: list[dict[str, l
     for layout, files in zip(task.layouts, found, strict=True):
         lines.append(f"  {layout.format}:")
         lines += [f"    {'found  ' if paths else 'MISSING'}  {pattern}" for pattern, paths in files.items()]
+    for layout in task.layouts:
+        lines += [
+            f"  {pattern} is there, but several data sets have such files: move it to {layout.folders[0]}/{pattern}"
+            for pattern in layout.find_nameless(root, split)
+        ]
     if task.images != ("",):
         lines.append(f"  and the images, in one of: {', '.join(task.images)} (or --images DIR)")
     lines += ["Where to get it:", *("  " + line for line in task.source.strip().splitlines())]

@@ -8,7 +8,7 @@ import pytest
 import tiny_tasks
 
 from processing.mask_inputs import load_mask
-from trl_recipes.tasks import load_task, open_source, read_samples
+from trl_recipes.tasks import MissingData, load_task, open_source, read_samples
 from trl_recipes.tasks.refcoco import coco_image_id
 from trl_recipes.tasks.safe_pickle import load_plain_pickle
 
@@ -100,10 +100,26 @@ def test_the_mirror_with_images_inside(tmp_path):
         ).convert("RGB").tobytes()  # fmt: skip
 
 
+@pytest.mark.parametrize("write", [tiny_tasks.write_lmms, tiny_tasks.write_jxu])
+def test_a_mirror_is_read_as_the_data_set_whose_folder_it_lies_in(write, tmp_path):
+    """The mirrors of all three have files of the same names."""
+    write(tmp_path, "refcoco+")
+    assert len(read("refcoco_plus", tmp_path)) and len(read("rec_refcoco_plus", tmp_path))
+    assert len(read("refcoco_plus", tmp_path / "refcoco+", images=tmp_path))  # as `hf download --local-dir` leaves it
+    for name in ("refcoco", "refcocog", "rec_refcoco", "rec_refcocog"):
+        with pytest.raises(MissingData):
+            read(name, tmp_path)
+    (tmp_path / "refcoco+").rename(tmp_path / "some")
+    with pytest.raises(MissingData, match=r"data/val.*parquet is there, but several .* move it to refcoco\+/data/val"):
+        read("refcoco_plus", tmp_path / "some")
+
+
 def test_a_mirror_without_a_column_is_told(tmp_path):
     tiny_tasks.write_lmms(tmp_path)
-    table = tiny_tasks.pq.read_table(tmp_path / "data" / "val-00000-of-00002.parquet").drop_columns("answer")
-    for path in (tmp_path / "data").iterdir():
+    table = tiny_tasks.pq.read_table(tmp_path / "refcoco" / "data" / "val-00000-of-00002.parquet").drop_columns(
+        "answer"
+    )
+    for path in (tmp_path / "refcoco" / "data").iterdir():
         tiny_tasks.pq.write_table(table, path)
     with pytest.raises(ValueError, match="has no column 'answer'; it has: question_id, image"):
         read("refcoco", tmp_path)

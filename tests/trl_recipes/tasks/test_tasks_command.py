@@ -74,6 +74,16 @@ def test_images_of_all_validation_and_test_splits_are_held_out(annotations):
     assert not any(name.startswith("refcocog") for name in read)
 
 
+def test_a_mirror_of_one_data_set_is_not_read_as_its_siblings(tmp_path, capsys):
+    tiny_tasks.write_lmms(tmp_path)
+    assert held_out_images(tmp_path) == ({581857, 98304}, ["refcoco/val"])
+    out = run(capsys, "leakage", "--data", tmp_path, "--output", tmp_path / "held_out.txt")
+    assert "not read, and not in it: refcoco/testA, refcoco/testB, refcoco_plus/val," in out
+    (tmp_path / "refcoco").rename(tmp_path / "mirror")
+    with pytest.raises(SystemExit, match=r"data/val-\*.parquet may be of several: move it to refcoco/data/val-"):
+        run(capsys, "leakage", "--data", tmp_path / "mirror", "--output", tmp_path / "held_out.txt")
+
+
 def test_images_that_only_training_shows_are_not_held_out(tmp_path):
     tiny_tasks.write_refer(tmp_path)
     path = tmp_path / "refcoco" / "refs(unc).p"
