@@ -3,6 +3,8 @@
 import json
 from collections.abc import Callable
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -86,9 +88,10 @@ def read_photographs(source: Source) -> Samples:
 
     Raises:
         MissingData: a picture that the file names is not there.
+        ValueError: the file is not as `tasks show real` tells.
     """
     samples = []
-    for number, item in enumerate(json.loads(source.file().read_text(encoding="utf-8"))["items"]):
+    for number, item in enumerate(_items(source.file())):
         for name in (item["image"], item["mask"]):
             if not (source.images / name).is_file():
                 raise MissingData(f"{source.file()} names {name}, which is not in {source.images}")
@@ -99,8 +102,23 @@ def read_photographs(source: Source) -> Samples:
                     text=text,
                     load_image=partial(open_rgb, source.images / item["image"]),
                     load_mask=partial(open_mask, source.images / item["mask"]),
-                    kind=item["kind"],
+                    kind=item.get("kind") or "",
                     group=item["image"],
                 )
             )
     return Samples.of(samples)
+
+
+def _items(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    items = content.get("items") if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: the key 'items' with a list is missing; `tasks show real` tells what is in it")
+    for number, item in enumerate(items):
+        for key, form, told in (("image", str, "a path"), ("mask", str, "a path"), ("expressions", list, "a list")):
+            if not isinstance(item, dict) or not item.get(key) or not isinstance(item[key], form):
+                raise ValueError(f"{path}, item {number}: the key {key!r} needs {told}; see `tasks show real`")
+    return items

@@ -164,6 +164,27 @@ def test_pope_has_any_characters_in_its_questions(tmp_path):
     assert read("pope", tmp_path, split="random")[2].text == text
 
 
+@pytest.mark.parametrize("key", ["image", "mask", "expressions"])
+def test_photographs_without_a_key_are_told_with_file_and_item(tmp_path, key):
+    path = tiny_tasks.write_photographs(tmp_path / "data") / "real.json"
+    items = json.loads(path.read_text())["items"]
+    del items[1][key]
+    path.write_text(json.dumps({"items": items}))
+    with pytest.raises(ValueError, match=f"real.json, item 1: the key '{key}' needs a "):
+        read("real", path.parent)
+    path.write_text(json.dumps(items))
+    with pytest.raises(ValueError, match="real.json: the key 'items' with a list is missing"):
+        read("real", path.parent)
+
+
+def test_photographs_may_do_without_kinds(tmp_path):
+    path = tiny_tasks.write_photographs(tmp_path / "data") / "real.json"
+    content = json.loads(path.read_text())
+    del content["items"][0]["kind"]
+    path.write_text(json.dumps(content))
+    assert [sample.kind for sample in read("real", path.parent)] == ["", "", "plural", "none"]
+
+
 def test_pope_of_the_hub(tmp_path):
     rows = [
         {"id": str(i), "question_id": str(i), "question": f"Is there a {thing}?", "answer": answer, "category": kind,
