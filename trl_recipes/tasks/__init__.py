@@ -17,6 +17,7 @@ from .task import Layout, MissingData, Source, Task, load_task, open_source, rea
 
 READERS: dict[str, Callable[[Source], Samples]] = {
     "interactive": interactive.read,
+    "masks": own.read_masks,
     "mvtec": mvtec.read,
     "photographs": own.read_photographs,
     "pope": pope.read,

@@ -1,4 +1,4 @@
-"""This project's own tests: composed scenes, and real photographs with hand-drawn masks."""
+"""This project's own tests: composed scenes, real photographs with hand-drawn masks, and the user's own masks."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 from tqdm.auto import tqdm
+
+from processing.image_inputs import load_image
 
 from ..scenes import SceneBank, SceneDataset, flat_expressions
 from .samples import Sample, Samples, open_mask, open_rgb
@@ -122,3 +124,40 @@ def _items(path: Path) -> list[dict[str, Any]]:
             if not isinstance(item, dict) or not item.get(key) or not isinstance(item[key], form):
                 raise ValueError(f"{path}, item {number}: the key {key!r} needs {told}; see `tasks show real`")
     return items
+
+
+def read_masks(source: Source) -> Samples:
+    """Every row of one's own masks, as training reads them.
+
+    Raises:
+        ValueError: there are several files to choose from, or only those of another split; a row is a conversation.
+        BadSample: a row cannot be used (a `ValueError`).
+    """
+    from ..mask_data import ReaderOptions, load_mask_data, target_masks  # `datasets`, which no other task needs
+    from ..mask_data.loading import SPLIT_NAMES
+    from ..mask_data.mask_values import union_of
+
+    data, split = (source.root, source.split) if source.format == "split" else (source.root, "train")
+    if source.format == "file":
+        data = source.file()
+        if len(source.files[0]) > 1 or any(data.stem in names for names in SPLIT_NAMES.values()):
+            names = ", ".join(path.name for path in source.files[0])
+            raise ValueError(
+                f"{source.root} holds {names}, but no {source.split}.jsonl or .json: give the --split, or call it so"
+            )
+    image_root = None if source.images == source.root else source.images
+    rows = load_mask_data(data, split, ReaderOptions(image_root))
+    samples = []
+    for number, row in enumerate(rows.remove_columns("image")):
+        if row["conversation"]:
+            raise ValueError(f"{row['sample']} is a conversation, whose wording is its own; give rows with a prompt")
+        samples.append(
+            Sample(
+                id=f"{number:06d}",
+                text=row["prompt"],
+                load_image=lambda number=number: load_image(rows[number]["image"]),  # type: ignore[misc]
+                load_mask=partial(union_of, target_masks(row), row["image_size"]),
+                group=row["image_id"],
+            )
+        )
+    return Samples.of(samples)

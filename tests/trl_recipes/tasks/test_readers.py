@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import own_masks
 import pytest
 import tiny_tasks
 from PIL import Image
@@ -183,6 +184,43 @@ def test_photographs_may_do_without_kinds(tmp_path):
     del content["items"][0]["kind"]
     path.write_text(json.dumps(content))
     assert [sample.kind for sample in read("real", path.parent)] == ["", "", "plural", "none"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "path", "polygons"])
+def test_ones_own_masks_are_read_as_in_training(tmp_path, kind):
+    if kind == "csv":
+        folder = own_masks.as_csv_folder(tmp_path / "mine")
+    else:
+        path = own_masks.as_jsonl(tmp_path / "mine", kind)
+        folder = path.rename(path.with_name("all.jsonl")).parent
+    samples = read("masks", folder)
+    assert [sample.text for sample in samples] == [*own_masks.PROMPTS.values(), own_masks.ABSENT] * 2
+    assert np.array_equal(samples[3].load_mask(), own_masks.masks()["square"]) and not samples[2].load_mask().any()
+    assert samples[0].group == samples[2].group != samples[3].group
+    assert samples[3].load_image().tobytes() == own_masks.photograph(1).tobytes()
+
+
+@pytest.mark.parametrize("split", ["metadata", "coco"])
+def test_ones_own_masks_in_other_formats(tmp_path, split):
+    if split == "metadata":
+        samples = read("masks", own_masks.as_metadata_folder(tmp_path / "mine"))
+        assert [sample.text for sample in samples] == [own_masks.PROMPTS["disc"]] * 2
+    else:
+        path = own_masks.as_coco(tmp_path / "mine")
+        samples = read("masks", path.rename(path.with_name("test.json")).parent)
+    assert all(load_mask(sample.load_mask()).any() for sample in samples)
+
+
+def test_ones_own_masks_by_splits(tmp_path):
+    path = own_masks.as_jsonl(tmp_path / "mine")
+    path = path.rename(path.with_name("test.jsonl"))
+    path.with_name("train.jsonl").write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    assert len(read("masks", path.parent)) == 6 and len(read("masks", path.parent, split="train")) == 2
+    path.unlink()
+    with pytest.raises(ValueError, match="holds train.jsonl, but no test.jsonl or .json: give the --split"):
+        read("masks", path.parent)
+    with pytest.raises(ValueError, match="is a conversation"):
+        read("masks", own_masks.as_conversations(tmp_path / "talk").parent)
 
 
 def test_pope_of_the_hub(tmp_path):

@@ -13,7 +13,7 @@ from trl_recipes.tasks.task import DEFINITIONS
 WANTED = (
     "refcoco refcoco_plus refcocog refcoco_google refcocog_google grefcoco rec_refcoco rec_refcoco_plus rec_refcocog "
     "reasonseg coco_interactive ade20k coco_stuff pascal_context_59 pascal_context_459 pascal_voc_20 mvtec_ad pope "
-    "scenes scenes-vqa real"
+    "scenes scenes-vqa real masks"
 ).split()
 
 
