@@ -9,9 +9,10 @@ On a GPU, give it scenes enough, one shape of batch, and processes that compose:
     ... --per_device_train_batch_size 66 --bf16 True --compile_layers True --rows_multiple 64 --length_multiple 328 \\
         --dataloader_num_workers 15 --minutes 10
 
-A killed run goes on from its last checkpoint when the same command is given again (exactly, unless `--minutes` ends
-it). `--num_scales 4` draws coarse pictures only, of 85 tokens instead of 341; `--start_from` goes on from such a run
-with all scales. `--overfit 16` trains on 16 fixed expressions, the first thing to try after any change.
+A killed run goes on from its last checkpoint when the same command is given again: exactly, but for `--minutes`, which
+it has anew, and schedule and learning rate with them. `--num_scales 4` draws coarse pictures only, of 85 tokens instead
+of 341; `--start_from` goes on from such a run with all scales. `--overfit 16` trains on 16 fixed expressions, the first
+thing to try after any change.
 """
 
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class SceneArguments:
     schedule: list[str] = field(
         default_factory=lambda: ["easy", "medium", "full"],
         metadata={
-            "help": "presets, in equal parts of the run; joined by + (easy+full) they take turns, scene by scene"
+            "help": "presets, in equal parts of the run, or of its --minutes; joined by + (easy+full) they take turns, "
+            "scene by scene"
         },
     )
     expressions_per_scene: int = field(default=4, metadata={"help": "requests for each image"})
@@ -163,11 +165,13 @@ class SceneTrainer(DrawingTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Up in `warmup_steps`, then down to zero in a straight line, at the end of the run."""
-        warm_up = self.args.get_warmup_steps(num_training_steps)
+        """Up in `warmup_steps`, then down to zero in a straight line, at the end of the run: of its time, too, if
+        `warmup_steps` is a share."""
+        warm_up, is_share = self.args.get_warmup_steps(num_training_steps), self.args.warmup_steps < 1
 
         def factor(step: int) -> float:
-            return min((step + 1) / (warm_up + 1), 1.0) * (1.0 - self.clock.progress(step, num_training_steps))
+            place = self.clock.place(step, num_training_steps) if is_share else step
+            return min((place + 1) / (warm_up + 1), 1.0) * (1.0 - self.clock.progress(step, num_training_steps))
 
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
@@ -279,7 +283,7 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
         held_out = SceneDataset(test, SceneConfig.preset(recipe.eval_preset), 1, recipe.eval_expressions, per_scene)
         validation = flat_expressions(held_out, recipe.eval_expressions)
     print(f"{model.num_parameters() / 1e6:.1f} M parameters, {processor.num_visual_tokens} visual tokens a picture")
-    return SceneTrainer(
+    trainer = SceneTrainer(
         model=model,
         args=training,
         train_dataset=samples,
@@ -292,6 +296,9 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
         recipe=recipe,
         words=words,
     )
+    if recipe.minutes is not None and not recipe.overfit:
+        scenes.hurry(trainer.clock.share, total)
+    return trainer
 
 
 def main(recipe: SceneArguments, training: TrainingArguments) -> None:

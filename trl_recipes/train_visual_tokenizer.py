@@ -192,8 +192,7 @@ class TokenizerTrainer(Trainer):
     # ------------------------------------------------------------------ the schedule
 
     def place(self, step: int) -> float:
-        """Where a step stands between 0 and `max_steps`: at itself, or further on where time runs out."""
-        return self.args.max_steps * self.clock.progress(step, self.args.max_steps)
+        return self.clock.place(step, self.args.max_steps)
 
     def phase_at(self, place: float) -> tuple[str, float]:
         """The phase, and how much of it is over (0 to 1)."""

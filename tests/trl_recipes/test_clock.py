@@ -28,6 +28,13 @@ def test_within_a_step_all_are_told_the_same(now):
     assert clock.progress(5, 100) == 0.05 and clock.progress(6, 100) == 0.5
 
 
+def test_a_step_stands_at_itself_or_further_on_where_time_runs_out(now):
+    clock, untimed = Clock(minutes=1.0), Clock(minutes=None)
+    assert untimed.place(29, 100) == 29 and untimed.share == 0
+    now[0] += 30
+    assert clock.place(29, 100) == 50 and clock.share == 0.5 and clock.share.is_shared()
+
+
 def test_time_is_counted_from_the_first_step(now):
     clock = Clock(minutes=1.0)
     now[0] += 3600

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from tiny_scenes import COLORS
 from torch.utils.data import DataLoader
@@ -75,6 +76,23 @@ def test_workers_give_the_same_items(bank):
     dataset = SceneDataset(bank, SceneConfig(image_size=64), seed=1, length=6)
     loader = DataLoader(dataset, batch_size=None, num_workers=2)
     assert all(_same(item, dataset[i]) for i, item in enumerate(loader))
+
+
+def test_a_schedule_that_is_hurried_goes_as_far_as_the_clock_says(bank):
+    def dataset():
+        return SceneDataset(
+            bank, SceneConfig(image_size=64), 1, 1000, schedule=[(0, "easy"), (250, "full"), (500, "names")]
+        )
+
+    plain, hurried, share = dataset(), dataset(), torch.zeros(()).share_memory_()
+    hurried.hurry(share, 1000)
+    loader = iter(DataLoader(hurried, batch_size=None, num_workers=1, prefetch_factor=1))
+    assert _same(next(loader), plain[0])
+    share.fill_(0.5)
+    items = [next(loader) for _ in range(4)]  # one or two of them were composed ahead
+    assert hurried.config_at(4) == hurried.config_at(600) == plain.config_at(600) != plain.config_at(4)
+    last = SceneDataset(bank, SceneConfig(image_size=64), 1, 1000, schedule=[(0, "names")])[4]
+    assert _same(items[-1], last) and not _same(last, plain[4])
 
 
 def test_a_pickled_bank_is_small_and_gives_the_same_pictures(bank):

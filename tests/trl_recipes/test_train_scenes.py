@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_scenes
@@ -18,7 +19,7 @@ from processing import ARGenSegProcessor
 from trl_recipes import train_scenes
 from trl_recipes.metrics import SegmentationMetrics
 from trl_recipes.scene_samples import PictureEncoder, SceneCollator, model_inputs, unpack
-from trl_recipes.scenes import flat_expressions
+from trl_recipes.scenes import SceneConfig, SceneDataset, flat_expressions
 from trl_recipes.train_scenes import SceneTrainer, curriculum, load_or_build, make_parser
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,25 @@ def test_a_run_too_short_for_its_presets_is_refused(total):
 def test_a_run_ends_when_its_time_is_over(bank_folder, tokenizer_folder, tmp_path):
     run(*command(bank_folder, tokenizer_folder, tmp_path, minutes=1e-4, max_steps=500, save_steps=500))
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "checkpoint-500").exists()
+
+
+def test_a_run_whose_time_is_short_has_all_presets_and_its_warm_up(
+    bank_folder, tokenizer_folder, tmp_path, monkeypatch
+):
+    clock, composed, config_at = iter(range(10_000)), [], SceneDataset.config_at
+    monkeypatch.setattr("trl_recipes.clock.time", SimpleNamespace(monotonic=lambda: next(clock)))  # a second a look
+    monkeypatch.setattr(
+        SceneDataset, "config_at", lambda self, index: composed.append(config_at(self, index)) or composed[-1]
+    )
+    options = dict(minutes=0.5, max_steps=100_000, save_steps=1, save_total_limit=1, warmup_steps=0.2)
+    arguments = command(bank_folder, tokenizer_folder, tmp_path, **options)
+    place = arguments.index("--schedule") + 1
+    run(*arguments[:place], "easy", "medium", "full", "names", *arguments[place + 1 :])
+    rates = list(tiny_scenes.logged(tmp_path, "learning_rate").values())
+    assert 10 <= len(rates) <= 31 and max(rates) > 0.7e-3 and rates.index(max(rates)) < 0.4 * len(rates)
+    presets = [SceneConfig.preset(name) for name in ("easy", "medium", "full", "names")]
+    seen = [presets.index(config) for config in composed[-len(rates) :]]
+    assert seen == sorted(seen) and all(seen.count(i) >= len(rates) // 4 - 2 for i in range(4))
 
 
 def command(bank: Path, tokenizer: Path, output: Path, **changes) -> list[str]:

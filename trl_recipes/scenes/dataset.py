@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from .bank import SceneBank
@@ -31,7 +32,7 @@ class SceneDataset(Dataset):
     Args:
         bank: a split's sprites and backgrounds.
         config: see `SceneConfig`; where a schedule is given, it keeps everything but the number and sizes of objects.
-        seed: with the index it determines an item; no other state does.
+        seed: with the index it determines an item; no other state does, unless a clock shortens the schedule (`hurry`).
         length: number of scenes.
         expressions_per_scene: expressions per scene.
         questions_per_scene: most questions per scene.
@@ -62,13 +63,22 @@ class SceneDataset(Dataset):
         if any(after <= before for before, after in pairwise(self._starts)):
             raise ValueError(f"The schedule's first indices must ascend; got {self._starts}.")
         self._configs = [[self.config.with_preset(one) for one in name.split("+")] for _, name in schedule]
+        self._share: torch.Tensor | None = None
+        self._total = length
+
+    def hurry(self, share: torch.Tensor, total: int) -> None:
+        """Lets a clock shorten the schedule: from now on an item uses at least the pair of index `share * total`, where
+        `share` is how much of a run is over when the item is composed: a number in memory that all processes share.
+        """
+        self._share, self._total = share, total
 
     def __len__(self) -> int:
         return self.length
 
     def config_at(self, index: int) -> SceneConfig:
         """The configuration that item `index` is composed with."""
-        stage = bisect_right(self._starts, index) - 1
+        place = index if self._share is None else max(index, int(self._share * self._total))
+        stage = bisect_right(self._starts, place) - 1
         if stage < 0:
             return self.config
         turns = self._configs[stage]
