@@ -26,8 +26,11 @@ def raised_by(traceback: TracebackType | None) -> str:
     """The top-level package whose code raised."""
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    name = "" if traceback is None else traceback.tb_frame.f_globals.get("__name__", "")
-    return name.partition(".")[0]
+    if traceback is None:
+        return ""
+    names = traceback.tb_frame.f_globals
+    spec = names.get("__spec__")  # under `python -m` the module's own name stands here alone
+    return (spec.name if spec is not None else names.get("__name__", "")).partition(".")[0]
 
 
 @contextmanager

@@ -1,11 +1,18 @@
 """A mistyped folder is told in one line by every command that takes a model."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from examples.benchmarks import previews, zoom
 from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, train_scenes, train_visual_tokenizer
 from trl_recipes.command_line import errors_in_a_line, loading
+
+ROOT = Path(__file__).parents[2]
 
 
 def run_evaluate(model, bank, output):
@@ -111,6 +118,22 @@ def test_names_of_the_hub_are_asked_for_there():
         loading("inclusionAI/ARGenSeg-8B"),
     ):
         raise OSError("offline")
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train_scenes --bank BANK --visual_tokenizer T --output_dir OUT --use_cpu True", "error: the presets .*steps"),
+        ("train_visual_tokenizer --bank BANK --output_dir OUT --codes keep --use_cpu True", "error: --codes keep"),
+        ("lora --model M --data BANK", "error: where shall the results go"),
+    ],
+)
+def test_what_a_commands_own_module_says_has_no_traceback_either(command, told, bank_folder, tmp_path):
+    """By `python -m`, which gives the module another name."""
+    words = command.replace("BANK", str(bank_folder)).replace("OUT", str(tmp_path / "out")).split()
+    done = subprocess.run([sys.executable, "-m", f"trl_recipes.{words[0]}", *words[1:]], cwd=ROOT, capture_output=True)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and re.match(told, lines[-1]) and not any("Traceback" in line for line in lines)
 
 
 def test_only_what_the_project_says_of_its_input_loses_its_traceback():
