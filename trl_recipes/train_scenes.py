@@ -39,6 +39,7 @@ from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
+from .training_options import refuse_many_processes
 from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
 
@@ -256,6 +257,7 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
     Raises:
         ValueError: the bank, a folder or an option is at fault.
     """
+    refuse_many_processes(training)
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
     torch.manual_seed(training.seed)

@@ -41,6 +41,7 @@ from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
 from .searched_tokens import searched_tokens
+from .training_options import refuse_many_processes
 
 LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
 ENTROPY_SHARE = 0.25
@@ -356,6 +357,7 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
     Raises:
         ValueError: the bank, a folder or an option is at fault, or options do not go together.
     """
+    refuse_many_processes(training)
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
     if recipe.edge_weight and recipe.photos:

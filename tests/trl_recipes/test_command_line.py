@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import TrainingArguments
 
 from examples.benchmarks import previews, zoom
 from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, train_scenes, train_visual_tokenizer
@@ -134,6 +135,14 @@ def test_what_a_commands_own_module_says_has_no_traceback_either(command, told, 
     done = subprocess.run([sys.executable, "-m", f"trl_recipes.{words[0]}", *words[1:]], cwd=ROOT, capture_output=True)
     lines = done.stderr.decode().splitlines()
     assert done.returncode == 1 and re.match(told, lines[-1]) and not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize("several", ["world_size", "n_gpu"])
+@pytest.mark.parametrize("command", [run_train_scenes_on_a_tokenizer, run_train_visual_tokenizer])
+def test_several_processes_or_gpus_are_refused(command, several, bank_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, several, 2)
+    with pytest.raises(SystemExit, match="error: .* one process.*CUDA_VISIBLE_DEVICES=0"):
+        command("hub_cards/argenseg-tiny", str(bank_folder), str(tmp_path / "out"))
 
 
 def test_only_what_the_project_says_of_its_input_loses_its_traceback():
