@@ -13,6 +13,9 @@ A killed run goes on from its last checkpoint when the same command is given aga
 it has anew, and schedule and learning rate with them. `--num_scales 4` draws coarse pictures only, of 85 tokens instead
 of 341; `--start_from` goes on from such a run with all scales. `--overfit 16` trains on 16 fixed expressions, the first
 thing to try after any change.
+
+All of `TrainingArguments` can be given but what concerns the optimizer (Muon for matrices of transformer layers, AdamW
+for the rest) and the form of the learning rate (up in `--warmup_steps`, then down to zero in a straight line).
 """
 
 from dataclasses import dataclass, field
@@ -39,9 +42,32 @@ from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
-from .training_options import refuse_many_processes
+from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
 from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
+
+IGNORED = (  # of TrainingArguments
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+LEAST = {
+    "expressions_per_scene": 1,
+    "questions_per_scene": 0,
+    "eval_expressions": 1,
+    "overfit": 0,
+    "search_steps": 0,
+    "text_scenes": 1,
+    "num_layers": 1,
+    "vision_layers": 0,
+    "length_multiple": 1,
+    "rows_multiple": 1,
+}
 
 
 @dataclass
@@ -62,8 +88,13 @@ class SceneArguments:
     eval_expressions: int = field(default=96, metadata={"help": "validation expressions drawn at every evaluation"})
     eval_preset: str = field(default="full", metadata={"help": "preset of the validation scenes"})
     overfit: int = field(default=0, metadata={"help": "train and evaluate on this many fixed expressions"})
-    scale_attention: str = field(default="block", metadata={"help": "causal or block"})
-    visual_loss: str = field(default="scale", metadata={"help": "token or scale"})
+    scale_attention: str = field(
+        default="block", metadata={"help": "who sees whom within a scale", "choices": ["causal", "block"]}
+    )
+    visual_loss: str = field(
+        default="scale",
+        metadata={"help": "what counts alike: every token or every scale", "choices": ["token", "scale"]},
+    )
     visual_loss_weight: float = field(default=1.0, metadata={"help": "factor on the loss of the visual tokens"})
     word_region_weight: float = field(
         default=0.3,
@@ -247,7 +278,11 @@ def load_or_build(
     if recipe.freeze_vision:
         model.model.vlm.vision_tower.requires_grad_(False)
         model.model.vlm.multi_modal_projector.requires_grad_(False)
+    scales = len(model.config.visual_tokenizer_config.patch_nums)
+    if recipe.num_scales is not None and recipe.num_scales not in range(1, scales + 1):
+        raise ValueError(f"--num_scales {recipe.num_scales}: the visual tokenizer has {scales}, give 1 to {scales}")
     processor.num_scales = model.config.num_scales = recipe.num_scales
+    type(model.config).from_dict(model.config.to_dict())  # raises what would only be told when the model is loaded
     return model, processor
 
 
@@ -258,6 +293,9 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
         ValueError: the bank, a folder or an option is at fault.
     """
     refuse_many_processes(training)
+    refuse_ignored(training, IGNORED, "the optimizer is Muon and AdamW, the learning rate falls in a straight line")
+    check_minutes(recipe.minutes)
+    check_numbers(recipe, LEAST, ("slips", "unfamiliar"))
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
     torch.manual_seed(training.seed)

@@ -17,7 +17,8 @@ What it watches beside reconstruction is *predictability*: a language model spen
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
 get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
 
-Masks are kept and cut out on the GPU, if there is one. `--minutes` ends a run in time, whatever the steps take.
+Masks are kept and cut out on the GPU, if there is one. `--minutes` ends a run in time, whatever the steps take. All
+of `TrainingArguments` can be given but the form of the learning rate: `--lr_scheduler_type` and `--warmup_steps`.
 """
 
 import math
@@ -41,10 +42,20 @@ from .help_format import Help
 from .masks import MaskPictures, compose_masks
 from .resume import last_checkpoint
 from .searched_tokens import searched_tokens
-from .training_options import refuse_many_processes
+from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
 
 LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
 ENTROPY_SHARE = 0.25
+IGNORED = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")  # of TrainingArguments
+LEAST = {
+    "train_masks": 1,
+    "test_masks": 1,
+    "autoencoder_steps": 0,
+    "joint_steps": 0,
+    "search_steps": 0,
+    "fit_pictures": 1,
+    "workers": 1,
+}
 
 
 @dataclass
@@ -358,6 +369,9 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
         ValueError: the bank, a folder or an option is at fault, or options do not go together.
     """
     refuse_many_processes(training)
+    refuse_ignored(training, IGNORED, "each phase has a warm-up and a cosine of its own")
+    check_minutes(recipe.minutes)
+    check_numbers(recipe, LEAST, ("photo_share", "scale_dropout"))
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
     if recipe.edge_weight and recipe.photos:
@@ -368,6 +382,8 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
         raise ValueError(f"--codes {recipe.codes} has no use for an autoencoder: give --autoencoder_steps 0")
     if recipe.photos and not Path(recipe.photos).is_dir():
         raise ValueError(f"--photos {recipe.photos!r} is no folder")
+    if training.max_steps < 1:
+        raise ValueError("the phases are parts of the run: give --max_steps")
     training.remove_unused_columns = False
     output = Path(training.output_dir)
     torch.manual_seed(training.seed)

@@ -1,5 +1,9 @@
 """What the training commands ask of their options before anything is made or trained."""
 
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
 from transformers import TrainingArguments
 
 
@@ -14,3 +18,34 @@ def refuse_many_processes(training: TrainingArguments) -> None:
             "this command trains in one process, on one GPU: start it without accelerate launch, and with "
             "CUDA_VISIBLE_DEVICES=0 before it"
         )
+
+
+def refuse_ignored(training: TrainingArguments, names: Sequence[str], instead: str) -> None:
+    """For options of `TrainingArguments` that a trainer does not follow, because it has its own way.
+
+    Raises:
+        ValueError: one of them is given, and not as it is anyway.
+    """
+    usual = {one.name: one.default for one in fields(training)}
+    given = [f"--{name}" for name in names if getattr(training, name) != usual[name]]
+    if given:
+        raise ValueError(f"{', '.join(given)} would change nothing: {instead}; leave it out")
+
+
+def check_numbers(recipe: Any, least: dict[str, int], shares: Sequence[str] = ()) -> None:
+    """Options that are numbers, or None: `least` says how small each may be; `shares` lie between 0 and 1.
+
+    Raises:
+        ValueError: one of them is smaller, or no share.
+    """
+    for name, value in ((name, getattr(recipe, name)) for name in (*least, *shares)):
+        if name in shares and not 0 <= value <= 1:
+            raise ValueError(f"--{name} is a share, from 0 to 1, not {value}")
+        if name in least and value is not None and value < least[name]:
+            raise ValueError(f"--{name} {value} is too little: give {least[name]} or more")
+
+
+def check_minutes(minutes: float | None) -> None:
+    """Raises ValueError: no time at all."""
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"--minutes {minutes} is no time to train: give more than 0, or leave it out")

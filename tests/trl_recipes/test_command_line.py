@@ -54,12 +54,14 @@ def run_train_scenes_on_a_tokenizer(model, bank, output):
     run_train_scenes(model, bank, output, visual_tokenizer=model)
 
 
-def run_train_scenes_from_a_model(model, bank, output):
-    run_train_scenes(model, bank, output, visual_tokenizer="hub_cards/argenseg-tiny/visual_tokenizer", start_from=model)
+def run_train_scenes_from_a_model(model, bank, output, **changes):
+    folders = {"visual_tokenizer": "hub_cards/argenseg-tiny/visual_tokenizer", "start_from": model}
+    run_train_scenes(model, bank, output, **folders, **changes)
 
 
-def run_train_visual_tokenizer(model, bank, output):
+def run_train_visual_tokenizer(model, bank, output, **changes):
     words = ["--bank", bank, "--output_dir", output, "--start_from", model, "--max_steps", "4", "--use_cpu", "True"]
+    words += [word for name, value in changes.items() for word in (f"--{name}", str(value))]
     train_visual_tokenizer.main(*train_visual_tokenizer.make_parser().parse_args_into_dataclasses(words))
 
 
@@ -143,6 +145,49 @@ def test_several_processes_or_gpus_are_refused(command, several, bank_folder, tm
     monkeypatch.setattr(TrainingArguments, several, 2)
     with pytest.raises(SystemExit, match="error: .* one process.*CUDA_VISIBLE_DEVICES=0"):
         command("hub_cards/argenseg-tiny", str(bank_folder), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("num_scales", 0, "the visual tokenizer has 5, give 1 to 5"),
+        ("num_scales", 9, "give 1 to 5"),
+        ("slips", 2, "--slips is a share, from 0 to 1, not 2.0"),
+        ("expressions_per_scene", 0, "--expressions_per_scene 0 is too little: give 1 or more"),
+        ("minutes", 0, "--minutes 0.0 is no time"),
+        ("lr_scheduler_type", "cosine", "--lr_scheduler_type would change nothing: the optimizer is Muon"),
+        ("optim", "sgd", "--optim would change nothing"),
+    ],
+)
+def test_options_that_the_scene_recipe_cannot_follow(name, value, told, bank_folder, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        run_train_scenes_from_a_model(
+            "hub_cards/argenseg-tiny", str(bank_folder), str(tmp_path / "out"), **{name: value}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("minutes", -1, "--minutes -1.0 is no time"),
+        ("train_masks", 0, "give 1 or more"),
+        ("photo_share", 3, "--photo_share is a share"),
+        ("lr_scheduler_type", "constant", "--lr_scheduler_type would change nothing: each phase"),
+        ("warmup_steps", 5, "--warmup_steps would change nothing"),
+        ("max_steps", -1, "--max_steps"),
+    ],
+)
+def test_options_that_the_visual_tokenizers_recipe_cannot_follow(name, value, told, bank_folder, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: .*{told}"):
+        run_train_visual_tokenizer("nowhere", str(bank_folder), str(tmp_path / "out"), **{name: value})
+
+
+@pytest.mark.parametrize("option", ["visual_loss", "scale_attention"])
+def test_a_mistyped_choice_is_told_before_anything_is_trained(option, capsys):
+    words = ["--bank", "b", "--visual_tokenizer", "t", "--output_dir", "o", f"--{option}", "tokens"]
+    with pytest.raises(SystemExit):
+        train_scenes.make_parser().parse_args_into_dataclasses(words)
+    assert "invalid choice: 'tokens'" in capsys.readouterr().err
 
 
 def test_only_what_the_project_says_of_its_input_loses_its_traceback():
