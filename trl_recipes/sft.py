@@ -155,8 +155,9 @@ def train(trainer: MaskSFTTrainer) -> Path:
     if checkpoint is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or checkpoint)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
+    if trainer.is_world_process_zero():
+        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
     trainer.save_model(output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -140,6 +140,13 @@ def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
     assert abs(theirs - expected[0.25]) > 1e-3  # TRL's own would be another
 
 
+def test_only_the_first_of_several_processes_writes_the_learning_curve(toy_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft.MaskSFTTrainer, "is_world_process_zero", lambda self: False)
+    trainer = prepared(command("sft_full", toy_folder, data, tmp_path, max_steps=1, eval_strategy="no"))
+    sft.train(trainer)
+    assert not (tmp_path / "learning_curve.png").exists()
+
+
 def test_a_stopped_run_goes_on(full, toy_folder, data, tmp_path):
     shutil.copytree(full / f"checkpoint-{STEPS // 2}", tmp_path / f"checkpoint-{STEPS // 2}")
     sft.main(command("sft_full", toy_folder, data, tmp_path))
