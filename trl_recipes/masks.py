@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from .cache_settings import hash_files, start_anew, was_made_of
 from .scenes import SceneBank, SceneConfig, SceneDataset
 
 PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
@@ -57,12 +58,17 @@ def compose_masks(
 ) -> np.ndarray:
     """`count` target masks (count, 256, 256) bool of scenes from all presets; packed to bits in `cache` when given.
 
-    They are the same for any number of `workers` (processes).
+    They are the same for any number of `workers` (processes). A cache of another bank, split or seed, or of fewer
+    masks, is made anew.
     """
-    packed = np.load(cache, mmap_mode="r") if cache is not None and cache.exists() else ()
+    files = [Path(bank_folder, name) for name in ("sprites.parquet", "backgrounds.parquet", "vocabulary.json")]
+    settings = {"bank": hash_files(files), "split": split, "seed": seed}
+    packed = np.load(cache, mmap_mode="r") if cache is not None and was_made_of(cache, settings) else ()
     if len(packed) >= count:
         chosen = np.linspace(0, len(packed) - 1, count).round().astype(int)  # of all presets
         return np.unpackbits(packed[chosen], axis=-1).view(bool)
+    if cache is not None:
+        start_anew(cache, settings)
     bank, upto, have = SceneBank.from_folder(bank_folder, split), 0.0, 0
     parts = []
     for preset, share in PRESET_SHARES:
@@ -74,7 +80,6 @@ def compose_masks(
             parts.append(_preset_masks(scenes, wanted, workers, f"composing {split} masks ({preset})"))
     packed = np.concatenate(parts)
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
         part = cache.with_suffix(".part.npy")
         np.save(part, packed)
         part.replace(cache)  # a run that is killed leaves no half of it

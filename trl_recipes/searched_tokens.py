@@ -1,5 +1,6 @@
 """Tokens that `VARTokenizer.search` finds for the masks of a training set: found once, kept, and gone on with."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,18 +9,28 @@ from tqdm.auto import tqdm
 
 from modeling_argenseg import VARTokenizer
 
+from .cache_settings import start_anew, was_made_of
+from .evaluation.report import fingerprint
 from .masks import MaskPictures
 
 BATCH = 16
 MISSING = -1
 
 
+def hash_masks(masks: torch.Tensor) -> str:
+    """A short hash of masks (N, H, W)."""
+    digest = hashlib.sha256(str(tuple(masks.shape)).encode())
+    for part in masks.split(256):  # they may be on a GPU
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 @torch.no_grad()
 def searched_tokens(model: VARTokenizer, pictures: MaskPictures, steps: int, cache: Path) -> torch.Tensor:
     """Visual tokens (N, T) of the N masks of `pictures`, without augmentation.
 
-    They are written to `cache` (.npy) batch by batch: a run that was stopped finds what is missing. Where the file is
-    not of as many masks and tokens, it is begun anew.
+    They are written to `cache` (.npy) batch by batch: a run that was stopped finds what is missing. A file of another
+    tokenizer, other masks or steps is begun anew.
 
     Raises:
         ValueError: the pictures are augmented, so that a mask has not the same tokens always.
@@ -27,9 +38,10 @@ def searched_tokens(model: VARTokenizer, pictures: MaskPictures, steps: int, cac
     if pictures.seed is not None:
         raise ValueError("tokens are kept for masks as they are: make the pictures with seed=None")
     shape = (len(pictures.masks), model.config.num_tokens)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    found = np.load(cache, mmap_mode="r+") if cache.exists() else None
+    settings = {"tokenizer": fingerprint(model), "masks": hash_masks(pictures.masks), "search_steps": steps}
+    found = np.load(cache, mmap_mode="r+") if was_made_of(cache, settings) else None
     if found is None or found.shape != shape:
+        start_anew(cache, settings)
         found = np.lib.format.open_memmap(cache, mode="w+", dtype=np.int32, shape=shape)
         found[:] = MISSING
     missing = torch.from_numpy(np.flatnonzero((found == MISSING).any(1)))

@@ -45,6 +45,39 @@ def test_a_cache_with_too_few_masks_is_made_anew(bank_folder, tmp_path):
     assert len(compose_masks(bank_folder, "train", 8, seed=0, cache=cache)) == len(np.load(cache)) == 8
 
 
+def test_a_cache_of_another_seed_split_or_bank_is_made_anew(bank_folder, tmp_path, capsys):
+    cache, other = tmp_path / "masks.npy", tmp_path / "bank"
+    shutil.copytree(bank_folder, other)
+    (other / "vocabulary.json").write_text((bank_folder / "vocabulary.json").read_text() + "\n")
+    first = compose_masks(bank_folder, "train", 4, seed=0, cache=cache)
+    for made, told in (((bank_folder, "train", 4, 1), "seed"), ((bank_folder, "test", 4, 1), "split")):
+        assert np.array_equal(compose_masks(*made, cache), compose_masks(*made))
+        assert f"made with another {told}" in capsys.readouterr().out
+    compose_masks(other, "test", 4, 1, cache)
+    assert "another bank" in capsys.readouterr().out
+    assert np.array_equal(compose_masks(bank_folder, "train", 4, seed=0, cache=cache), first)
+    moved = shutil.copytree(bank_folder, tmp_path / "moved")  # the same bank
+    modified = cache.stat().st_mtime_ns
+    assert np.array_equal(compose_masks(moved, "train", 4, seed=0, cache=cache), first)
+    assert cache.stat().st_mtime_ns == modified
+
+
+def test_a_cache_that_nothing_is_said_about_is_taken_as_it_is(bank_folder, tmp_path):
+    cache = tmp_path / "masks.npy"
+    first = compose_masks(bank_folder, "train", 4, seed=0, cache=cache)
+    cache.with_suffix(".json").unlink()
+    assert np.array_equal(compose_masks(bank_folder, "train", 4, seed=1, cache=cache), first)
+
+
+def test_composing_that_was_stopped_leaves_no_masks_of_another_seed(bank_folder, tmp_path, monkeypatch):
+    cache = tmp_path / "masks.npy"
+    compose_masks(bank_folder, "train", 4, seed=0, cache=cache)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("trl_recipes.masks._preset_masks", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        compose_masks(bank_folder, "train", 4, seed=1, cache=cache)
+    assert np.array_equal(compose_masks(bank_folder, "train", 4, 1, cache), compose_masks(bank_folder, "train", 4, 1))
+
+
 def half(side: int) -> np.ndarray:
     """(1, side, side): the left half."""
     return np.broadcast_to(np.arange(side) < side // 2, (1, side, side))
@@ -408,7 +441,7 @@ def test_the_decoder_learns_from_tokens_that_were_searched_for(trained, bank_fol
     run(bank_folder, tmp_path / "searched", recipe, max_steps=12, save_steps=6)
     tokens = torch.from_numpy(np.load(tmp_path / "searched/searched_tokens.npy"))
     pictures = MaskPictures(
-        compose_masks(bank_folder, "train", 40, 0, tmp_path / "searched/train_masks.npy"), 32, seed=None
+        compose_masks(bank_folder, "train", 40, 42, tmp_path / "searched/train_masks.npy"), 32, seed=None
     )
     model = VARTokenizer.from_pretrained(trained)
     model.decode_dtype = torch.bfloat16
@@ -454,6 +487,16 @@ def test_a_search_that_was_stopped_finds_what_is_missing(trained, tmp_path, monk
     assert fewer.shape == (8, whole.shape[1])
     with pytest.raises(ValueError, match="seed=None"):
         searched_tokens(model, MaskPictures(stripes(8), 32, seed=1), 2, tmp_path / "other.npy")
+
+
+def test_tokens_of_another_tokenizer_search_or_masks_are_begun_anew(trained, tmp_path):
+    masks, cache = stripes(8), tmp_path / "tokens.npy"
+    old, new = (VARTokenizer.from_pretrained(folder) for folder in (trained / "checkpoint-45", trained))
+    cases = ((old, 2, masks), (new, 2, masks), (new, 8, masks), (new, 8, ~masks))
+    for number, (model, steps, shown) in enumerate(cases):
+        pictures = MaskPictures(shown, 32, seed=None)
+        expected = searched_tokens(model, pictures, steps, tmp_path / f"{number}.npy")
+        assert torch.equal(searched_tokens(model, pictures, steps, cache), expected)
 
 
 @pytest.mark.parametrize("recipe", [{}, {"decoder_only": True, "photos": "."}])
