@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .cache_settings import hash_files, start_anew, was_made_of
@@ -84,6 +84,28 @@ def compose_masks(
         np.save(part, packed)
         part.replace(cache)  # a run that is killed leaves no half of it
     return np.unpackbits(packed, axis=-1).view(bool)
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """The pictures in a folder, by name; what else lies there is told and left out.
+
+    Raises:
+        ValueError: there is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--photos {str(folder)!r} is no folder")
+    photos, others = [], []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            with Image.open(path):  # reads its header only
+                photos.append(path)
+        except UnidentifiedImageError:
+            others.append(path.name)
+    if not photos:
+        raise ValueError(f"--photos {str(folder)!r} holds no picture")
+    if others:
+        print(f"{folder}: {len(others)} of {len(photos) + len(others)} files are no pictures, e.g. {others[0]}")
+    return photos
 
 
 def bicubic_weights(size: int, side: int, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
 from .command_line import errors_in_a_line, loading
 from .help_format import Help
-from .masks import MaskPictures, compose_masks
+from .masks import MaskPictures, compose_masks, find_photos
 from .resume import last_checkpoint
 from .searched_tokens import searched_tokens
 from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
@@ -380,8 +380,7 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
         raise ValueError("--codes keep or follow, and --decoder_only, go on from a tokenizer: give --start_from")
     if recipe.codes != "new" and recipe.autoencoder_steps:
         raise ValueError(f"--codes {recipe.codes} has no use for an autoencoder: give --autoencoder_steps 0")
-    if recipe.photos and not Path(recipe.photos).is_dir():
-        raise ValueError(f"--photos {recipe.photos!r} is no folder")
+    photos = find_photos(Path(recipe.photos)) if recipe.photos else None
     if training.max_steps < 1:
         raise ValueError("the phases are parts of the run: give --max_steps")
     training.remove_unused_columns = False
@@ -394,7 +393,6 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
     test_masks = compose_masks(
         recipe.bank, "test", recipe.test_masks, training.seed, output / "test_masks.npy", recipe.workers
     )
-    photos = sorted(Path(recipe.photos).glob("*.*")) if recipe.photos else None
     seen = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
     indices = range(max(seen, len(masks)))
     pictures = MaskPictures(

@@ -158,6 +158,17 @@ def test_photos_are_mixed_in_as_often_as_told(tmp_path):
     assert 30 < red < 70
 
 
+def test_what_is_no_picture_among_the_photos_is_told_and_left_out(bank_folder, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a_readme.txt").write_text("Photographs of mine.")
+    with pytest.raises(SystemExit, match="error: --photos .* holds no picture"):
+        run(bank_folder, tmp_path / "out", {"photos": str(photos)}, max_steps=2)
+    Image.new("RGB", (40, 30), (255, 0, 0)).save(photos / "red.png")
+    run(bank_folder, tmp_path / "out", {"photos": str(photos), "photo_share": 1.0}, max_steps=2)
+    assert "1 of 2 files are no pictures, e.g. a_readme.txt" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------- the loss of edges
 
 
