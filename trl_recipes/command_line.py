@@ -34,6 +34,21 @@ def raised_by(traceback: TracebackType | None) -> str:
 
 
 @contextmanager
+def needing(extra: str, name: str) -> Iterator[None]:
+    """For imports of what an extra of this package brings. `name`: `__name__` of the module that needs it, which ends
+    with one line if it is the command itself.
+
+    Raises:
+        ImportError: it is not installed, or too old, with the way to install it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        message = f"{error}: pip install 'argenseg[{extra}]'"
+        raise (SystemExit(f"error: {message}") if name == "__main__" else ImportError(message)) from error
+
+
+@contextmanager
 def loading(name: str) -> Iterator[None]:
     """For calls of `from_pretrained`. A mistyped folder is not asked for on the Hub, again and again.
 

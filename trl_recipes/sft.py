@@ -27,23 +27,25 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from trl import (
-    ModelConfig,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
 
 from .adapters import lora_config
-from .command_line import errors_in_a_line, loading
+from .command_line import errors_in_a_line, loading, needing
 from .learning_curve import learning_curve
 from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics, report, save_merged, show_metrics
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .picture_grid import save_picture
 from .resume import last_checkpoint
+
+with needing("train", __name__):
+    from trl import (
+        ModelConfig,
+        SFTConfig,
+        SFTTrainer,
+        TrlParser,
+        get_peft_config,
+        get_quantization_config,
+    )
 
 
 @dataclass

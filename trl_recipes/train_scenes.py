@@ -32,12 +32,11 @@ from modeling_argenseg import (
 from processing import ARGenSegProcessor
 
 from .clock import Clock
-from .command_line import errors_in_a_line, loading
+from .command_line import errors_in_a_line, loading, needing
 from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
 from .mask_regions import MaskRegions, shares_of_queries
-from .optimizers import muon_and_adamw
 from .resume import last_checkpoint
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
@@ -45,6 +44,9 @@ from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, lo
 from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
 from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
+
+with needing("train", __name__):
+    from .optimizers import muon_and_adamw  # Muon came with torch 2.9
 
 IGNORED = (  # of TrainingArguments
     "lr_scheduler_type",

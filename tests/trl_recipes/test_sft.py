@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import own_masks
@@ -176,6 +178,28 @@ def test_the_configurations_are_read_and_the_command_line_goes_before_them(name,
 def test_bad_options_are_told_before_anything_is_trained(changes, message, toy_folder, data, tmp_path):
     with pytest.raises(SystemExit, match=message):
         sft.main(command("sft_full", toy_folder, data, tmp_path / "out", **changes))
+
+
+MISSING_TRL = """
+import runpy, sys
+class NotInstalled:
+    def find_spec(self, name, *args):
+        if name == "trl":
+            raise ModuleNotFoundError("No module named 'trl'", name="trl")
+sys.meta_path.insert(0, NotInstalled())
+"""
+
+
+@pytest.mark.parametrize(
+    ("started", "kind"),
+    [('runpy.run_module("trl_recipes.sft", run_name="__main__")', "error"), ("import trl_recipes.sft", "ImportError")],
+)
+def test_a_missing_trl_is_told_with_the_way_to_install_it(started, kind):
+    words = [sys.executable, "-c", MISSING_TRL + started]
+    done = subprocess.run(words, cwd=CONFIGS.parents[1], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"{kind}: No module named 'trl': pip install 'argenseg[train]'"
+    assert ("Traceback" in done.stderr) == (kind == "ImportError")  # the command says it in a line
 
 
 def test_a_model_must_be_named(data, tmp_path):
