@@ -16,6 +16,7 @@ from .scenes import SceneBank, SceneConfig, SceneDataset
 
 PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
 SCENES_PER_TASK = 16
+FIXED_POINT = 2**22  # of Pillow's weights for 8-bit pictures
 
 _scenes: SceneDataset | None = None  # what the processes that compose masks inherit
 
@@ -122,6 +123,20 @@ def bicubic_weights(size: int, side: int, start: torch.Tensor, length: torch.Ten
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
     return weights / weights.sum(2, keepdim=True)
+
+
+def resize_like_pillow(pictures: torch.Tensor, side: int) -> torch.Tensor:
+    """Grey pictures (..., H, W) of whole numbers 0 to 255 in double precision, as Pillow's `resize((side, side),
+    BICUBIC)` makes them, to the last bit: rows first, in fixed point, and cut to 8 bits after rows and columns.
+    """
+    for axis in (-1, -2):
+        size = pictures.shape[axis]
+        if size != side:
+            whole = torch.tensor([[0.0], [size]], dtype=torch.float64, device=pictures.device)
+            weights = (bicubic_weights(size, side, *whole)[0] * FIXED_POINT).round()
+            sums = pictures.transpose(axis, -1) @ weights.T
+            pictures = ((sums / FIXED_POINT + 0.5).floor().clamp(0, 255)).transpose(axis, -1)
+    return pictures
 
 
 def uniform(seed: int, indices: torch.Tensor, draws: int) -> torch.Tensor:

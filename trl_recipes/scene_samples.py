@@ -17,6 +17,7 @@ from transformers import BatchFeature
 
 from processing import ARGenSegProcessor
 
+from .masks import resize_like_pillow
 from .scenes import Scene, SceneDataset
 from .scenes.view import Expression
 from .word_regions import WordList
@@ -183,7 +184,8 @@ def pad_streams(
 
 
 class PictureEncoder(nn.Module):
-    """What the processor does to images and masks, for whole batches on the device of the model.
+    """What the processor does to images and masks, for whole batches on the device of the model. Pictures of masks are
+    the same to the last bit; a token may differ where two codes are as good and a batch is summed in another order.
 
     Args:
         processor: whose geometry and visual tokenizer are used.
@@ -225,13 +227,12 @@ class PictureEncoder(nn.Module):
 
     def encode(self, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks (M, H, W / 8) as bits to the codebook indices (M, T) that stand in the stream, and the right ones."""
-        pictures = unpack(bits)[:, None]
-        for side in self.sizes:
-            pictures = F.interpolate(pictures, size=(side, side), mode="bicubic", antialias=True)
-            pictures = (255 * pictures).round().clamp(0, 255) / 255  # what 8 bits hold, as the processor's pictures
         channels = self.visual_tokenizer.config.num_channels
         with torch.autocast(bits.device.type, enabled=False):
-            pictures = (2 * pictures - 1).expand(-1, channels, -1, -1)
+            pictures = 255 * unpack(bits)[:, None].double()
+            for side in self.sizes:
+                pictures = resize_like_pillow(pictures, side)
+            pictures = (pictures.float() / 255 * 2 - 1).expand(-1, channels, -1, -1)
             drawn, right = self.quantise(self.visual_tokenizer.latent(pictures))
         if self.search_steps and self.count == drawn.shape[1]:
             drawn, last = self.visual_tokenizer.search(pictures, drawn, self.search_steps), self.patch_nums[-1] ** 2
