@@ -115,6 +115,8 @@ def check_sample(raw: RawSample) -> dict[str, Any]:
         raise BadSample(raw.where, raw.name("image"), error) from None
     size = (upright.height, upright.width)
     try:
+        if raw.told_size not in (None, size) and any(isinstance(value, list) for value in raw.masks):
+            raise ValueError(_other_size(raw, size))
         masks = [read_mask(value, size, raw.root) for value in raw.masks]
     except ValueError as error:
         raise BadSample(raw.where, raw.name("mask"), error) from None
@@ -130,6 +132,21 @@ def check_sample(raw: RawSample) -> dict[str, Any]:
         "masks": [to_rle(mask) for mask in masks],
         "conversation": raw.conversation,
     }
+
+
+def _other_size(raw: RawSample, size: tuple[int, int]) -> str:
+    height, width = raw.told_size or size
+    if (width, height) == size:
+        mend = (
+            "if the image was annotated as it is stored, before its EXIF orientation turns it upright, turn the "
+            "polygons, too; if width and height are swapped, mend them"
+        )
+    else:
+        mend = "if the image was resized after it was annotated, give it at its old size, or scale the polygons"
+    return (
+        f"{raw.told_by} says {width}x{height} (width x height), the upright image {str(raw.image)!r} is "
+        f"{size[1]}x{size[0]}: its polygons would be drawn in the wrong place; {mend}"
+    )
 
 
 def image_hash(image: PILImage.Image) -> str:

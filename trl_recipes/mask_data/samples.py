@@ -50,6 +50,8 @@ class RawSample:
         fields: names that the data have for "image", "prompt" and "mask".
         root: folder that relative paths start from.
         row: in `Source.images`, where the image is not a path.
+        told_size: (height, width) of the image as the data tell them, if they do; polygons are in these pixels.
+        told_by: for errors, what tells them.
     """
 
     where: str
@@ -60,6 +62,8 @@ class RawSample:
     fields: dict[str, str] = field(default_factory=dict)
     root: Path = Path()
     row: int = -1
+    told_size: tuple[int, int] | None = None
+    told_by: str = ""
 
     def name(self, part: str) -> str:
         """The data's own name of "image", "prompt" or "mask"."""

@@ -192,3 +192,41 @@ def test_data_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "masks.xml").write_text("<masks/>")
     with pytest.raises(ValueError, match="not a folder, .jsonl"):
         load_mask_data(tmp_path / "masks.xml", progress=False)
+
+
+def test_coco_polygons_of_another_image_size_are_refused(tmp_path):
+    content = own_masks.coco()
+    content["images"][0] |= {"width": 120, "height": 80}
+    path = own_masks.as_coco(tmp_path / "own", content)
+    with pytest.raises(
+        BadSample, match=r"annotations\[0\].*image with the id 7 says 120x80 .*'0\.png' is 60x40.*scale the polygons"
+    ):
+        load_mask_data(path, progress=False)
+    content["images"][0] |= {"width": 40, "height": 60}  # as stored, or swapped
+    with pytest.raises(BadSample, match=r"says 40x60 .* is 60x40.*EXIF orientation.*swapped"):
+        load_mask_data(own_masks.as_coco(tmp_path / "turned", content), progress=False)
+    for told in ({}, {"width": None, "height": None}, {"width": 0, "height": 0}):
+        content["images"][0] = {"id": 7, "file_name": "0.png"} | told
+        assert len(load_mask_data(own_masks.as_coco(tmp_path / f"told-{told}", content), progress=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "message"),
+    [
+        ("images", {"id": 7, "file_name": "1.png"}, r"images\[0\] \('0.png'\) and images\[2\] \('1.png'\).*same id 7"),
+        ("categories", {"id": 3, "name": "cat"}, r"categories\[1\] \('ball'\) and categories\[2\] \('cat'\).*id 3"),
+        ("categories", {"id": 4, "name": None}, "the category with the id 4 has no 'name'"),
+    ],
+)
+def test_coco_entries_that_contradict_each_other_are_refused(tmp_path, part, entry, message):
+    content = own_masks.coco()
+    content[part].append(entry)
+    with pytest.raises(ValueError, match=message):
+        load_mask_data(own_masks.as_coco(tmp_path / "own", content), progress=False)
+
+
+def test_the_same_coco_entry_twice_does_no_harm(tmp_path):
+    content = own_masks.coco()
+    content["images"] *= 2
+    content["categories"] *= 2
+    assert len(load_mask_data(own_masks.as_coco(tmp_path / "own", content), progress=False)) == 3

@@ -118,6 +118,35 @@ def test_coco_asks_for_what_is_not_there_when_told_to(tmp_path):
     assert load(path, absent_per_image=3)["prompt"] == found["prompt"]
 
 
+def test_coco_never_says_that_something_is_absent_that_is_annotated(tmp_path):
+    def absent(name: str, skip: bool = False) -> list[str]:
+        path = own_masks.as_coco(tmp_path / name, content)
+        found = load_mask_data(path, options=ReaderOptions(absent_per_image=9), skip_bad_samples=skip, progress=False)
+        return [row["prompt"] for row in found if not row["masks"] and row["image"].size and "0.png" in row["image_id"]]
+
+    content = own_masks.coco()
+    content["annotations"][2]["segmentation"] = []
+    assert absent("skipped", skip=True) == []
+    content = own_masks.coco()
+    for number, name in enumerate(("ball", "Ball", "ball_", "red ball", "Red_Ball ", "cat")):
+        content["categories"].append({"id": 10 + number, "name": name})
+    assert sorted(absent("names")) == ["cat", "red ball"]
+    content["annotations"].append({"image_id": 7, "category_id": 99, "segmentation": own_masks.SQUARE})
+    assert absent("unknown", skip=True) == []  # it may be any of them
+    content = own_masks.coco()
+    content["images"].append(content["images"][0] | {"id": 9})  # the same file once more
+    assert absent("twice") == []
+
+
+def test_coco_categories_of_the_same_name_are_one_request(tmp_path):
+    content = own_masks.coco()
+    content["categories"].append({"id": 4, "name": "Square"})
+    content["annotations"][2]["category_id"] = 4
+    found = load(own_masks.as_coco(tmp_path / "own", content))
+    assert found["prompt"] == ["square", "ball"]
+    assert (decoded(found[0]) & DISC).sum() == DISC.sum()
+
+
 def test_coco_captions_are_one_request_each(tmp_path):
     content = own_masks.coco()
     content["annotations"] = content["annotations"][2:]
