@@ -39,7 +39,7 @@ from .mask_data.tokenising import target_masks
 from .mask_evaluation import evaluate_rows
 from .metrics import SegmentationMetrics
 from .picture_grid import picture_grid, save_picture
-from .resume import last_checkpoint
+from .resume import last_checkpoint, train_or_go_on
 
 COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
 
@@ -266,7 +266,7 @@ def train(trainer: MaskTrainer) -> Path:
     output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
     if checkpoint is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_or_go_on(trainer, checkpoint)
     trainer.model.save_pretrained(output / "adapter")
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")

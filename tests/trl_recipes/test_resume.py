@@ -1,0 +1,60 @@
+"""A run goes on where it was, and a finished one stays as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from trl_recipes.resume import last_checkpoint, train_or_go_on
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels=None):
+        return {"loss": ((self.weight * x - labels) ** 2).mean()}
+
+
+def trainer(output: Path, **changes) -> Trainer:
+    """Ten samples, three batches an epoch: the last step of seven is not at the end of an epoch."""
+    options = dict(max_steps=7, save_steps=0.5, per_device_train_batch_size=4, learning_rate=0.1)
+    rows = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 10
+    arguments = TrainingArguments(
+        str(output), use_cpu=True, disable_tqdm=True, report_to="none", **(options | changes)
+    )  # fmt: skip
+    return Trainer(Line(), arguments, train_dataset=rows)
+
+
+@pytest.mark.parametrize("steps", [{}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_a_finished_run_trains_nothing_more(tmp_path, steps, capsys):
+    first = trainer(tmp_path, **steps)
+    train_or_go_on(first, last_checkpoint(tmp_path))
+    done, weight = first.state.global_step, first.model.weight.item()
+    for _ in range(2):
+        again = trainer(tmp_path, **steps)
+        train_or_go_on(again, last_checkpoint(tmp_path))
+        assert again.state.global_step == done and again.model.weight.item() == weight
+        assert f"finished at step {done}" in capsys.readouterr().out
+    assert Path(last_checkpoint(tmp_path)).name == f"checkpoint-{done}"
+
+
+def test_more_steps_go_on_from_the_last_checkpoint(tmp_path, capsys):
+    train_or_go_on(trainer(tmp_path), None)
+    longer = trainer(tmp_path, max_steps=9)
+    train_or_go_on(longer, last_checkpoint(tmp_path))
+    assert longer.state.global_step == 9 and "finished" not in capsys.readouterr().out
+
+
+def test_shares_of_the_run_agree_with_the_checkpoint(tmp_path, monkeypatch):
+    warned = []
+    monkeypatch.setattr("transformers.trainer_utils.logger.warning_once", warned.append)
+    train_or_go_on(trainer(tmp_path), None)
+    state = json.loads((tmp_path / "checkpoint-4/trainer_state.json").read_text())
+    again = trainer(tmp_path)
+    train_or_go_on(again, str(tmp_path / "checkpoint-4"))
+    assert again.args.save_steps == state["save_steps"] == 4 and not warned
+    assert again.state.global_step == 7
