@@ -50,6 +50,8 @@ def choose_rank(model: nn.Module, targets: str, largest: int, max_share: float) 
     Raises:
         ValueError: even rank 1 is too large, or there is nothing to adapt.
     """
+    if largest < 1:
+        raise ValueError(f"--lora_rank {largest}: the smallest rank is 1")
     modules = [model.get_submodule(name) for name in target_names(model, targets)]
     if not modules:
         raise ValueError(f"no linear layers to adapt: no module is called {TARGETS[targets]}")

@@ -10,7 +10,8 @@ a `datasets` data set (folder or name on the Hub), or JSONL with `conversations`
 What OUTPUT gets: `check_masks.png` (three training masks as the visual tokenizer sees them: look at it first),
 `drawn-<step>.png` and `metrics.jsonl` at every evaluation, `learning_curve.png`, checkpoints, `adapter/` (for peft) and
 `merged/`, a whole model that `pipeline("image-segmentation", model="OUTPUT/merged")` loads. A run that was stopped goes
-on from its last checkpoint when the same command is given again.
+on from its last checkpoint when the same command is given again; `run.json` holds what it depends on, and other data or
+options need another OUTPUT, or `--overwrite`.
 """
 
 import json
@@ -21,7 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 import modeling_argenseg  # registers the Auto classes
@@ -29,18 +32,32 @@ import modeling_argenseg  # registers the Auto classes
 from .adapters import AdapterSizes, add_adapters, lora_config
 from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingTrainer
+from .evaluation.report import check_settings, fingerprint, write_settings
 from .export import set_picture_options
 from .help_format import Help
 from .learning_curve import learning_curve
 from .mask_data import MaskCollator, has_split, load_mask_data, split_by_image, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .mask_data.mask_values import union_of
-from .mask_data.tokenising import target_masks
+from .mask_data.tokenising import content_hash, target_masks
 from .mask_evaluation import evaluate_rows
 from .metrics import SegmentationMetrics
 from .picture_grid import picture_grid, save_picture
 from .resume import last_checkpoint, train_or_go_on
 
+SETTINGS = "run.json"
+RESULTS = (
+    SETTINGS,
+    "checkpoint-*",
+    "adapter",
+    "merged",
+    "metrics.jsonl",
+    "drawn-*.png",
+    "learning_curve.png",
+)  # of a run
+TRAINING_SETTINGS = (
+    "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"
+)  # fmt: skip
 COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
 
 
@@ -65,6 +82,9 @@ class LoraArguments(MaskDataArguments):
     picture_logit_adjustment: float | None = field(
         default=None,
         metadata={"help": "for validation and the merged model; default: the model's own generation configuration"},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "begin anew, and delete what an earlier run left in the output folder"}
     )
 
 
@@ -91,7 +111,16 @@ class LoraTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("where shall the results go? Give --output DIR")
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "load_best_model_at_end" not in str(error):
+                raise
+            raise ValueError(
+                "the best checkpoint is merged, so each must have been evaluated: give --save_steps as a multiple of "
+                f"--eval_steps (both as steps or both as shares of the run; e.g. --save_steps {self.eval_steps:g}) and "
+                "--save_strategy as --eval_strategy, or --load_best_model_at_end False to merge the last one"
+            ) from None
 
 
 class MaskTrainer(DrawingTrainer):
@@ -110,6 +139,8 @@ class MaskTrainer(DrawingTrainer):
             shown=self.shown,
             progress=not self.args.disable_tqdm,
         )
+        if not self.is_world_process_zero():
+            return metrics
         output, step = Path(self.args.output_dir), self.state.global_step
         save_picture(grid, output / f"drawn-{step:06d}.png")
         rounded = {name: round(value, 4) for name, value in metrics.items()}
@@ -170,6 +201,11 @@ def load_data(recipe: MaskDataArguments, seed: int, progress: bool = True) -> tu
         ValueError: data that cannot be read, or a sample that cannot be used.
     """
     options, skip = recipe.reader_options(), recipe.skip_bad_samples
+    if recipe.eval_samples < 1:
+        raise ValueError(
+            f"--eval_samples {recipe.eval_samples}: give at least 1; to train without validation, give "
+            "--eval_strategy no --load_best_model_at_end False"
+        )
 
     def load(data: str, split: str) -> Dataset:
         return load_mask_data(data, split, options, skip, progress)
@@ -198,6 +234,16 @@ def check_masks(rows: Dataset, processor: Any, output: Path, count: int = 3) -> 
     if not with_mask:
         print("no training sample has a mask: the model will only learn to say that things are not there")
         return []
+    if 2 * len(with_mask) < len(rows):
+        print(
+            f"WARNING: {len(rows) - len(with_mask)} of {len(rows)} training samples have no mask, or an empty one, and "
+            "teach that things are not there: are their masks as they should be?"
+        )
+    if len(with_mask) == len(rows):
+        print(
+            "WARNING: every training sample has a mask: the model will forget to say that something is not there, and "
+            "draw whatever it is asked for. Add samples without a mask (null or []), of COCO --absent_per_image 1"
+        )
     metrics, lines, ious = SegmentationMetrics(), [], []
     for place in np.linspace(0, len(with_mask) - 1, min(count, len(with_mask))).round().astype(int).tolist():
         row = rows[with_mask[place]]
@@ -210,7 +256,8 @@ def check_masks(rows: Dataset, processor: Any, output: Path, count: int = 3) -> 
         ious.append(metrics.add(mask, truth))
         lines.append((row["image"], row["prompt"], truth, mask, f"from its tokens, IoU {ious[-1]:.2f}"))
         print(f"  {row['sample']}: {row['prompt']!r}, IoU after tokenising {ious[-1]:.2f}")
-    save_picture(picture_grid(lines, columns=1), output / "check_masks.png")
+    if PartialState().is_main_process:
+        save_picture(picture_grid(lines, columns=1), output / "check_masks.png")
     print(f"look at {output / 'check_masks.png'}: these are the masks that the model will learn to draw")
     if np.mean(ious) < COARSE:
         print("WARNING: much of these masks is lost; are things too thin or small for the visual tokenizer?")
@@ -232,7 +279,6 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     print(
         f"{len(rows)} training samples, {len(validation)} for validation, {processor.num_visual_tokens} visual tokens"
     )
-    check_masks(rows, processor, output)
     new_parts = {"auto": None, "yes": True, "no": False}[recipe.new_parts]
     config = lora_config(
         model,
@@ -243,6 +289,8 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
         recipe.max_adapter_share,
         new_parts,
     )
+    start_run(output, run_settings(recipe, training, model, config, rows, validation), recipe.overwrite)
+    check_masks(rows, processor, output)
     adapted, sizes = add_adapters(model, config, recipe.max_adapter_share)
     print(f"rank {config.r}, {sizes}")
     trainer = MaskTrainer(
@@ -258,6 +306,54 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     return trainer, sizes
 
 
+def run_settings(
+    recipe: LoraArguments,
+    training: LoraTrainingArguments,
+    model: Any,
+    config: LoraConfig,
+    rows: Dataset,
+    validation: Dataset,
+) -> dict[str, Any]:
+    """What the result of a run depends on; it may take more steps than it began with."""
+    plain = training.to_dict()
+    return {
+        "training_samples": len(rows),
+        "training_data": content_hash(rows),
+        "validation_samples": len(validation),
+        "validation_data": content_hash(validation),
+        "weights": fingerprint(model),
+        "lora_rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "lora_targets": recipe.lora_targets,
+        "new_parts": bool(config.modules_to_save),
+        "picture_logit_adjustment": recipe.picture_logit_adjustment,
+        "batch_size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        **{name: plain[name] for name in TRAINING_SETTINGS},
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
+    }
+
+
+def start_run(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Writes the settings of a new run, or makes sure that one that goes on has those that it began with.
+
+    Raises:
+        ValueError: a setting differs.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        if overwrite:
+            for path in (path for pattern in RESULTS for path in output.glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if last_checkpoint(output) is None:
+            (output / SETTINGS).unlink(missing_ok=True)
+        elif not (output / SETTINGS).is_file():
+            print(f"{output} was begun by an earlier version: whether data and options are the same is not known")
+        write_settings(output / SETTINGS, settings)
+    state.wait_for_everyone()
+    check_settings(output / SETTINGS, settings)
+
+
 # ---------------------------------------------------------------------- training and what is left of it
 
 
@@ -267,21 +363,28 @@ def train(trainer: MaskTrainer) -> Path:
     if checkpoint is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
     train_or_go_on(trainer, checkpoint)
-    trainer.model.save_pretrained(output / "adapter")
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(output / "adapter")
+        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
     return save_merged(trainer.model, trainer.processor, output / "merged")
 
 
 def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:
-    """The model with its adapters worked in, and its processor: a folder like any other model's, whole or not there."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    model = adapted.merge_and_unload()
-    model.save_pretrained(part, save_original_format=False)
-    processor.save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    """The model with its adapters worked in, and its processor: a folder like any other model's, whole or not there.
+
+    Of several processes the main one writes, and the others wait for it.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        model = adapted.merge_and_unload()
+        model.save_pretrained(part, save_original_format=False)
+        processor.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.replace(folder)
+    state.wait_for_everyone()
     return folder
 
 
@@ -293,6 +396,8 @@ def show_metrics(metrics: dict[str, float]) -> str:
 
 def report(trainer: MaskTrainer, folder: Path) -> None:
     """Prints how validation went, and how to go on."""
+    if not trainer.is_world_process_zero():
+        return
     measured = read_metrics(Path(trainer.args.output_dir))
     for entry in measured:
         print(f"step {entry['step']:6.0f}: {show_metrics(entry)}")

@@ -149,6 +149,75 @@ def test_a_finished_run_writes_its_model_again(run, known_folder, data, tmp_path
     assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+@pytest.fixture
+def finished(run, tmp_path) -> Path:
+    """A copy of the whole run, to be given its command again."""
+    return shutil.copytree(run, tmp_path / "out")
+
+
+def test_a_finished_run_trains_nothing_more(run, finished, known_folder, data, capsys):
+    lora.main(command(known_folder, data, finished))
+    assert f"finished at step {STEPS}" in capsys.readouterr().out
+    for name in (f"checkpoint-{STEPS}/adapter_model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (finished / name).read_bytes()
+    assert {path.name for path in finished.glob("*")} == {path.name for path in run.glob("*")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_rank": 4}, "lora_rank was 8 and is now 4"),
+        ({"lora_targets": "attention"}, "lora_targets was 'all' and is now 'attention'"),
+        ({"learning_rate": 1e-3}, "learning_rate was 0.02 and is now 0.001"),
+        ({"seed": 7}, "seed was 42 and is now 7"),
+        ({"search_steps": 6}, "training_data was"),
+        ({"eval_samples": 5}, "validation_samples was 6 and is now 5"),
+    ],
+)
+def test_an_output_of_other_options_is_refused(finished, known_folder, data, changes, message):
+    with pytest.raises(SystemExit, match=rf"holds a run with other settings: .*{message}.*--output, or --overwrite"):
+        lora.main(command(known_folder, data, finished, **changes))
+
+
+def test_an_output_of_other_data_is_refused_until_it_may_be_overwritten(finished, known_folder, data, tmp_path):
+    own = shutil.copytree(data.parent, tmp_path / "own")
+    lora.prepare(*parsed(command(known_folder, own / data.name, finished, eval_data=data)))  # moved, and no other
+    picture = Image.open(own / "images/0.png").convert("L").convert("RGB")
+    picture.save(own / "images/0.png")
+    with pytest.raises(SystemExit, match="settings: training_data was"):
+        lora.main(command(known_folder, own / data.name, finished, eval_data=data))
+    shutil.copy(own / "masks/0_disc.png", own / "masks/0_square.png")
+    words = command(known_folder, own / data.name, finished, eval_data=data, overwrite=True, max_steps=2)
+    (finished / "mine.txt").touch()
+    lora.main(words)
+    assert [entry["step"] for entry in lora.read_metrics(finished)] == [0, 2]
+    assert [path.name for path in finished.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (finished / "mine.txt").is_file() and (finished / "merged/model.safetensors").is_file()
+
+
+def test_an_output_of_an_earlier_version_goes_on(finished, known_folder, data, capsys):
+    (finished / "run.json").unlink()
+    lora.main(command(known_folder, data, finished))
+    assert "was begun by an earlier version" in capsys.readouterr().out and (finished / "run.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_model(known_folder, data, tmp_path):
+    words = command(known_folder, data, tmp_path / "out", max_steps=2, eval_steps=1, save_steps=1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "trl_recipes.lora"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [entry["step"] for entry in lora.read_metrics(tmp_path / "out")] == [0, 1, 2]
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out/merged")
+    assert not list((tmp_path / "out").rglob("*.part*"))
+
+
+def parsed(words: list[str]) -> tuple[lora.LoraArguments, lora.LoraTrainingArguments]:
+    return lora.make_parser().parse_args_into_dataclasses(words)
+
+
 def test_the_masks_are_shown_before_the_first_step(known_folder, data, tmp_path, capsys):
     recipe, training = lora.make_parser().parse_args_into_dataclasses(command(known_folder, data, tmp_path))
     trainer, sizes = lora.prepare(recipe, training)
@@ -162,6 +231,16 @@ def test_the_masks_are_shown_before_the_first_step(known_folder, data, tmp_path,
     truth = own_masks.masks()["square"]
     iou = (decoded[0] & truth).sum() / (decoded[0] | truth).sum()
     assert lora.check_masks(rows.select([0]), processor, tmp_path) == [pytest.approx(iou)]
+
+
+def test_data_that_teach_to_draw_always_or_hardly_ever_are_warned_of(known_folder, data, tmp_path, capsys):
+    trainer, _ = lora.prepare(*parsed(command(known_folder, data, tmp_path)))
+    rows, processor = trainer.train_dataset, trainer.processor
+    assert "WARNING: every" not in capsys.readouterr().out
+    lora.check_masks(rows.select([0, 1]), processor, tmp_path)
+    assert "every training sample has a mask" in (said := capsys.readouterr().out) and "--absent_per_image 1" in said
+    lora.check_masks(rows.select([0, 2, 5]), processor, tmp_path)
+    assert "WARNING: 2 of 3 training samples have no mask, or an empty one" in capsys.readouterr().out
 
 
 def test_the_logit_adjustment_is_the_models_own_unless_it_is_given(known_folder, data, tmp_path):
@@ -204,6 +283,11 @@ def test_without_validation_data_images_are_set_aside(data):
         ({"data": "nowhere.jsonl"}, "there is no file or folder 'nowhere.jsonl'"),
         ({"columns": "picture=photo"}, "--columns takes image=NAME"),
         ({"max_adapter_share": 1e-4}, "--lora_targets attention"),
+        ({"lora_rank": 0}, "--lora_rank 0: the smallest rank is 1"),
+        ({"eval_samples": 0}, "--eval_samples 0: give at least 1"),
+        ({"eval_steps": 0.25, "save_steps": 0.1}, r"--save_steps 0\.25.*--load_best_model_at_end False"),
+        ({"eval_steps": 2, "save_steps": 1}, "--save_steps 2"),
+        ({"eval_strategy": "no"}, "--save_strategy as --eval_strategy"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(known_folder, data, tmp_path, changes, message):

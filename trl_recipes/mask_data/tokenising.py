@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .loading import report_skipped
 from .samples import MASK_MARKER, BadSample
 
 IGNORED = -100
+ROW = ("prompt", "masks", "conversation", "image_size")  # what ids depend on
 TOKENS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "problem": Value("string")})
 BATCH = 16  # requests that are tokenised together
 
@@ -143,8 +145,7 @@ def fingerprint_of(dataset: Dataset, processor: Any) -> str:
     """Changes with all that ids depend on: the rows, the codes and how they are searched, the geometry, the text
     tokenizer, the wording."""
     digest = hashlib.sha256()
-    for row in dataset.remove_columns("image"):
-        digest.update(repr([row[name] for name in ("prompt", "masks", "conversation", "image_size")]).encode())
+    _add_rows(digest, dataset, ROW)
     visual_tokenizer = processor._require_visual_tokenizer()
     for name, tensor in visual_tokenizer.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -158,6 +159,23 @@ def fingerprint_of(dataset: Dataset, processor: Any) -> str:
     ]
     digest.update("\0".join(parts).encode())
     return digest.hexdigest()[:32]
+
+
+def content_hash(dataset: Dataset) -> str:
+    """Changes with what rows teach: images, prompts, masks and their tokens, wherever the files lie."""
+    digest, images = hashlib.sha256(), dataset.cast_column("image", datasets.Image(decode=False))
+    _add_rows(digest, dataset, [*ROW, *(name for name in ("input_ids",) if name in dataset.column_names)])
+    known: dict[str, bytes] = {}
+    for name, image in zip(dataset["image_id"], images["image"], strict=True):
+        if name not in known:
+            known[name] = hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).digest()
+        digest.update(known[name])
+    return digest.hexdigest()[:16]
+
+
+def _add_rows(digest: Any, dataset: Dataset, names: Sequence[str]) -> None:
+    for row in dataset.select_columns(list(names)):
+        digest.update(repr([row[name] for name in names]).encode())
 
 
 class MaskCollator:
