@@ -64,7 +64,9 @@ def test_path_and_exif(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (np.arange(37).reshape(1, 37).repeat(2, axis=0), "37 distinct values; threshold it first: mask > 127"),
+        (7 * np.arange(37).reshape(1, 37).repeat(2, axis=0), "37 distinct values; threshold it first: mask > 127"),
+        (np.array([[0, 1, 2]]), "3 distinct values; a label map[?] Compare: mask == 2$"),
+        (np.array([[0, 15, 255]]), "mask == 15; a soft mask[?] Then threshold it first: mask > 127"),
         (np.linspace(0, 1, 6).reshape(2, 3), r"6 distinct values; threshold it first: mask > 0\.5"),
         (np.array([[0, 7]]), r"\[0, 7\].*mask == 7"),
         (np.array([[1, 255]]), r"\[1, 255\]"),
