@@ -218,7 +218,8 @@ def open_source(data: str | Path, split: str, options: ReaderOptions) -> Source:
     if found.suffix in readers:
         return readers[found.suffix](found, options)
     if found.suffix == ".parquet":
-        return read_table(load_dataset("parquet", data_files=str(found), split="train"), str(found), options)
+        table = load_dataset("parquet", data_files=str(found), split="train")
+        return read_table(table, str(found), options, found.parent)
     raise ValueError(f"{found}: not a folder, .jsonl, .json or .parquet")
 
 
@@ -226,12 +227,12 @@ def _open_folder(folder: Path, options: ReaderOptions) -> Source:
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         table = load_table(str(folder))
         assert isinstance(table, Dataset)
-        return read_table(table, str(folder), options)
+        return read_table(table, str(folder), options, folder)
     listed = any((folder / name).is_file() for name in PROMPT_FILES)
     parquet = sorted(folder.glob("*.parquet"))
     if parquet and not listed:
         table = load_dataset("parquet", data_files=[str(path) for path in parquet], split="train")
-        return read_table(table, str(folder), options)
+        return read_table(table, str(folder), options, folder)
     jsonl = sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")])
     if jsonl and not listed:
         raise ValueError(f"{folder}: name the file, for example {jsonl[0]}")

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from processing.mask_inputs import load_mask
 
 
 def split_masks(value: Any) -> list[Any]:
-    """A field's value as a list of masks: polygons are one mask, a list of paths or RLEs several.
+    """A field's value as a list of masks: polygons are one mask, a list of paths, RLEs or pictures several.
 
     Nothing (null, an empty string, an empty list) is no mask: what was asked for is not there.
     """
     if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value):
         return []
-    several = isinstance(value, list) and all(isinstance(part, (str, dict)) for part in value)
+    several = isinstance(value, list) and all(isinstance(part, (str, dict, Image.Image)) for part in value)
     return list(value) if several else [value]
 
 
@@ -36,6 +37,8 @@ def read_mask(value: Any, size: tuple[int, int], root: Path) -> np.ndarray:
         value = root / value
         if not value.is_file():
             raise ValueError(f"there is no file {str(value)!r}")
+    if isinstance(value, list) and value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], bool):
+        value = np.asarray(value)  # rows of pixels
     try:
         mask = _draw_polygons(value, size) if isinstance(value, list) else load_mask(value)
     except TypeError as error:

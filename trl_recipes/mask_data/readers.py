@@ -1,6 +1,7 @@
 """Readers of the data formats. Each turns files into `RawSample`s; nothing is opened or checked beyond the text."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image
+import numpy as np
+from datasets import Array2D, Dataset, Image, Value
 
 from .mask_values import split_masks
 from .samples import IMAGE_MARKER, MASK_MARKER, BadSample, RawSample, Source
@@ -141,11 +143,19 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
     def parse(where: str, row: Any) -> RawSample:
         if not isinstance(row, dict) or options.find(row, "image") is None:
             return plain_row(row, where, folder, options)
-        name = options.find(row, "image") or ""
-        image = _find_image(folder, row[name])
-        if options.find(row, "mask") is None and "conversations" not in row:
+        name, mask = options.find(row, "image") or "", options.find(row, "mask")
+        image = find(where, name, lambda: _find(folder, row[name], "images", IMAGE_SUFFIXES))
+        if mask is not None:
+            row = row | {mask: find(where, mask, lambda: _find_mask(folder, row[mask]))}
+        elif "conversations" not in row:
             row = row | {options.columns.get("mask", "mask"): _same_named_mask(folder, image, where)}
         return plain_row(row | {name: image}, where, folder, options)
+
+    def find(where: str, field: str, look: Callable[[], Any]) -> Any:
+        try:
+            return look()
+        except ValueError as error:
+            raise BadSample(where, field, error) from None
 
     return Source(_each(parse, rows), len(rows))
 
@@ -166,8 +176,21 @@ def _rows_of_images(folder: Path, options: ReaderOptions) -> list[tuple[str, Any
     return [(str(path), {"image": str(path.relative_to(folder))}) for path in names]
 
 
+def _read_text(path: Path) -> str:
+    """Raises ValueError: the file is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} line {line}: not UTF-8 text (byte {content[error.start]:#04x}); save the file as UTF-8 "
+            '("CSV UTF-8" in Excel), or convert it: iconv -f cp1252 -t utf-8'
+        ) from None
+
+
 def _rows_of_csv(path: Path) -> list[tuple[str, Any]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with io.StringIO(_read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         rows: list[tuple[str, Any]] = []
         for row in reader:
@@ -183,7 +206,7 @@ def _rows_of_csv(path: Path) -> list[tuple[str, Any]]:
 
 def _rows_of_jsonl(path: Path) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         where = f"{path} line {number}"
         try:
             rows += [(where, json.loads(line))] if line.strip() else []
@@ -192,15 +215,21 @@ def _rows_of_jsonl(path: Path) -> list[tuple[str, Any]]:
     return rows
 
 
-def _find_image(folder: Path, name: Any) -> Any:
-    """A name as it stands in the list, or with `images/` before it, or without its suffix."""
+def _find(folder: Path, name: Any, place: str, suffixes: tuple[str, ...]) -> Any:
+    """A name as it stands in the list, or with `images/` or `masks/` before it, or without its suffix."""
     if not isinstance(name, str) or not name or (folder / name).is_file():
         return name
-    for place in ("images", "."):
-        for candidate in (name, *(name + suffix for suffix in IMAGE_SUFFIXES)):
-            if (folder / place / candidate).is_file():
-                return f"{place}/{candidate}"
-    return name
+    for where in (place, "."):
+        for candidate in (name, *(name + suffix for suffix in suffixes)):
+            if (folder / where / candidate).is_file():
+                return f"{where}/{candidate}"
+    raise ValueError(f"there is no file {name!r} in {folder} or {folder / place}")
+
+
+def _find_mask(folder: Path, value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(part, (str, dict)) for part in value):
+        return [_find_mask(folder, part) for part in value]
+    return _find(folder, value.strip() if isinstance(value, str) else value, "masks", (".png",))
 
 
 def _same_named_mask(folder: Path, image: Any, where: str) -> str:
@@ -222,7 +251,7 @@ def read_json(path: Path, options: ReaderOptions) -> Source:
         ValueError: the file is neither.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error}; is it JSONL? Then call it .jsonl") from None
     if isinstance(content, list):
@@ -239,8 +268,9 @@ def read_json(path: Path, options: ReaderOptions) -> Source:
 # ---------------------------------------------------------------------- data sets
 
 
-def read_table(table: Dataset, name: str, options: ReaderOptions) -> Source:
-    """A `datasets` table: `image` an Image or a path, `mask` an Image, a path, RLE, polygons or null.
+def read_table(table: Dataset, name: str, options: ReaderOptions, folder: Path = Path()) -> Source:
+    """A `datasets` table: `image` an Image, the bytes of a picture file or a path, `mask` one of these, a list of
+    them, an array (H, W), RLE, polygons or null. Relative paths start from `folder`.
 
     Raises:
         ValueError: a column is missing.
@@ -252,15 +282,22 @@ def read_table(table: Dataset, name: str, options: ReaderOptions) -> Source:
     for part in ALIASES:
         if wanted[part] is None and part not in optional:
             raise ValueError(f"{name}: no column {part!r} among {table.column_names}; name it by --columns {part}=...")
+    for part in ("image", "mask"):
+        column = wanted[part]
+        if column is not None and _holds_pictures(table.features[column]):
+            table = table.cast_column(column, Image())
     image = wanted["image"] or ""
     is_image = isinstance(table.features[image], Image)
-    root = Path(options.image_root or "")
+    root = Path(options.image_root or folder)
 
     def read(where: str, number: int) -> RawSample:
         try:
             row = table[number]
         except Exception as error:  # whatever a decoder raises
             raise BadSample(where, "", f"cannot be decoded: {error}") from None
+        if wanted["mask"] is not None and isinstance(table.features[wanted["mask"]], Array2D):
+            value = row[wanted["mask"]]
+            row = row | {wanted["mask"]: None if value is None else np.asarray(value)}
         found = plain_row(row, where, root, options)
         found.row = number if is_image else -1
         return found
@@ -271,3 +308,10 @@ def read_table(table: Dataset, name: str, options: ReaderOptions) -> Source:
         images = table.select_columns([image])
         images = images if image == "image" else images.rename_column(image, "image")
     return Source(samples, len(table), images)
+
+
+def _holds_pictures(feature: Any) -> bool:
+    """Whether a column has the bytes of picture files, as such or beside their paths, but is no `Image` column yet."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} == feature.keys()
+    return isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")

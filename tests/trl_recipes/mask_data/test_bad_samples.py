@@ -230,3 +230,18 @@ def test_the_same_coco_entry_twice_does_no_harm(tmp_path):
     content["images"] *= 2
     content["categories"] *= 2
     assert len(load_mask_data(own_masks.as_coco(tmp_path / "own", content), progress=False)) == 3
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "rows.jsonl", "rows.json"])
+def test_text_that_is_not_utf_8_is_named(tmp_path, name):
+    folder = own_masks.write_pictures(tmp_path / "own")
+    (folder / name).write_bytes("image,prompt\nimages/0.png,Möwe\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=rf"{name} line 2: not UTF-8 text .byte 0xf6.; save the file as UTF-8"):
+        load_mask_data(folder if name == "prompts.csv" else folder / name, progress=False)
+
+
+def test_places_where_a_picture_was_looked_for_are_named(tmp_path):
+    folder = own_masks.write_pictures(tmp_path / "own")
+    (folder / "prompts.csv").write_text("image,prompt,mask\n0.png,the ball,lost.png\n")
+    with pytest.raises(BadSample, match=r"line 2, field 'mask': there is no file 'lost\.png' in .*own or .*own/masks"):
+        load_mask_data(folder, progress=False)

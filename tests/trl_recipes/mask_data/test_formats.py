@@ -206,6 +206,55 @@ def test_datasets_as_parquet_with_rle_masks_and_paths(tmp_path):
     check_six_rows(load(tmp_path / "own/train.parquet", image_root=tmp_path / "own"))
 
 
+def test_parquet_with_relative_paths_starts_at_its_own_folder(tmp_path):
+    own_masks.write_pictures(tmp_path / "own")
+    rows_table = datasets.Dataset.from_list([row | {"mask": row["mask"] or None} for row in own_masks.rows()])
+    rows_table.to_parquet(tmp_path / "own/train.parquet")
+    check_six_rows(load(tmp_path / "own/train.parquet"))
+    check_six_rows(load(tmp_path / "own"))
+    rows_table.save_to_disk(tmp_path / "own")
+    check_six_rows(load(tmp_path / "own"))
+
+
+def test_parquet_with_picture_files_as_bytes(tmp_path):
+    own_masks.write_pictures(tmp_path)
+    rows = [
+        {part: (tmp_path / row[part]).read_bytes() if row[part] else None for part in ("image", "mask")}
+        | {"prompt": row["prompt"]}
+        for row in own_masks.rows()
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "bytes.parquet")
+    check_six_rows(load(tmp_path / "bytes.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["array", "rows of pixels", "pictures"])
+def test_parquet_with_masks_as_arrays_or_lists_of_pictures(tmp_path, kind):
+    feature, value = {
+        "array": (datasets.Array2D((40, 60), "bool"), DISC),
+        "rows of pixels": (datasets.List(datasets.List(datasets.Value("bool"))), DISC.tolist()),
+        "pictures": (datasets.List(datasets.Image()), [Image.fromarray(DISC), Image.fromarray(SQUARE)]),
+    }[kind]
+    features = datasets.Features({"image": datasets.Image(), "prompt": datasets.Value("string"), "mask": feature})
+    values = {"image": [own_masks.photograph(0)], "prompt": ["the ball"], "mask": [value]}
+    datasets.Dataset.from_dict(values, features=features).to_parquet(tmp_path / "a.parquet")
+    np.testing.assert_array_equal(
+        decoded(load(tmp_path / "a.parquet")[0]), DISC | SQUARE if kind == "pictures" else DISC
+    )
+
+
+def test_jsonl_ends_lines_at_newlines_alone(tmp_path):
+    row = own_masks.rows()[0] | {"prompt": "the\u2028red\u0085square"}
+    path = own_masks.write_pictures(tmp_path / "own") / "a.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert load(path)["prompt"] == [row["prompt"]]
+
+
+def test_masks_of_a_folder_are_found_by_their_bare_names(tmp_path):
+    folder = own_masks.write_pictures(tmp_path)
+    (folder / "prompts.csv").write_text("image,prompt,mask\n0.png,the ball,0_disc.png\n1,the ball,1_disc\n")
+    assert all((decoded(row) == DISC).all() for row in load(folder))
+
+
 def test_splits_are_folders_or_files(tmp_path):
     own_masks.as_csv_folder(tmp_path / "a/train")
     own_masks.as_metadata_folder(tmp_path / "a/val")
