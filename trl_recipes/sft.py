@@ -35,7 +35,7 @@ from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .picture_grid import save_picture
-from .resume import last_checkpoint
+from .resume import last_checkpoint, train_or_go_on
 
 with needing("train", __name__):
     from trl import (
@@ -156,7 +156,7 @@ def train(trainer: MaskSFTTrainer) -> Path:
     output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
     if checkpoint is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or checkpoint)
+    train_or_go_on(trainer, trainer.args.resume_from_checkpoint or checkpoint)
     if trainer.is_world_process_zero():
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")

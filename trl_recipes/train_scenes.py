@@ -37,7 +37,7 @@ from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
 from .mask_regions import MaskRegions, shares_of_queries
-from .resume import last_checkpoint
+from .resume import last_checkpoint, train_or_go_on
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
@@ -347,7 +347,7 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     with errors_in_a_line():
         trainer = prepare(recipe, training)
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    train_or_go_on(trainer, last_checkpoint(output))
     trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     trainer.save_model(output)
     trainer.processor.save_pretrained(output)

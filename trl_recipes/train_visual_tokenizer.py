@@ -40,7 +40,7 @@ from .codebook import assign, fit_codebook, follow, revive
 from .command_line import errors_in_a_line, loading
 from .help_format import Help
 from .masks import MaskPictures, compose_masks, find_photos
-from .resume import last_checkpoint
+from .resume import last_checkpoint, train_or_go_on
 from .searched_tokens import searched_tokens
 from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
 
@@ -423,7 +423,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     with errors_in_a_line():
         trainer = prepare(recipe, training)
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    train_or_go_on(trainer, last_checkpoint(output))
     round_to_half(trainer.model)
     trainer.evaluate()
     trainer.model.save_pretrained(output)

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from .image_inputs import open_image, to_numpy
 
+FEW_LABELS = 24  # values that a picture may have and still be a map of labels, as likely as a soft mask
+
 
 def load_mask(source: Any) -> np.ndarray:
     """Load one mask in any accepted form.
@@ -80,8 +82,19 @@ def _binary(array: np.ndarray) -> np.ndarray:
             f"the mask holds the values {values.tolist()}, not 0 and 1 or 0 and 255; "
             f"compare first, for example: mask == {values[-1]}"
         )
-    threshold = 0.5 if array.max() <= 1 else 127
-    raise ValueError(f"the mask has {len(values)} distinct values; threshold it first: mask > {threshold}")
+    raise ValueError(f"the mask has {len(values)} distinct values; {_what_to_do(values)}")
+
+
+def _what_to_do(values: np.ndarray) -> str:
+    """How a picture with these values becomes a mask: a soft mask reaches towards 255, a label map has few labels."""
+    if values.max() <= 1:
+        return "threshold it first: mask > 0.5"
+    threshold = "threshold it first: mask > 127"
+    if len(values) > FEW_LABELS and 127 < values.max() <= 255:
+        return threshold
+    labels = [int(value) for value in values[values > 0] if value < 128 and value == int(value)]
+    compare = f"a label map? Compare: mask == {labels[-1] if labels else 'LABEL'}"
+    return f"{compare}; a soft mask? Then {threshold}" if 127 < values.max() <= 255 else compare
 
 
 def _decode_rle(rle: dict) -> np.ndarray:

@@ -156,6 +156,14 @@ def test_a_stopped_run_goes_on(full, toy_folder, data, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_finished_run_stays_as_it_is(full, toy_folder, data, tmp_path, capsys):
+    shutil.copytree(full, tmp_path / "run")
+    sft.main(command("sft_full", toy_folder, data, tmp_path / "run"))
+    assert f"the run is finished at step {STEPS}" in capsys.readouterr().out
+    expected, found = states(full, tmp_path / "run")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["sft_full", "sft_lora"])
 def test_the_configurations_are_read_and_the_command_line_goes_before_them(name, tmp_path):
     path = CONFIGS / f"{name}.yaml"

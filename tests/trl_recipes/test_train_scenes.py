@@ -231,6 +231,15 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(whole_run, bank_folder, to
     check_same(tmp_path, whole_run)
 
 
+def test_a_finished_run_stays_as_it_is(whole_run, bank_folder, tokenizer_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole_run, output)
+    run(*command(bank_folder, tokenizer_folder, output))
+    assert f"finished at step {LAST_STEP}" in capsys.readouterr().out
+    assert not (output / f"checkpoint-{LAST_STEP + 1}").exists()
+    check_same(output, whole_run)
+
+
 def test_the_parts_of_the_loss_are_those_of_the_logged_step(whole_run, bank_folder, tokenizer_folder, tmp_path):
     run(*command(bank_folder, tokenizer_folder, tmp_path, logging_steps=2, save_steps=LAST_STEP))
     for name in ("text_loss", "visual_loss"):

@@ -524,6 +524,15 @@ def test_a_resumed_run_ends_like_one_that_was_not_interrupted(trained, bank_fold
     torch.testing.assert_close(weights(tmp_path), weights(trained), rtol=0, atol=1e-5)
 
 
+def test_a_finished_run_stays_as_it_is(trained, bank_folder, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    run(bank_folder, tmp_path / "run")
+    assert "the run is finished at step" in capsys.readouterr().out
+    checkpoints = [sorted(path.name for path in one.glob("checkpoint-*")) for one in (trained, tmp_path / "run")]
+    assert checkpoints[0] == checkpoints[1]
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(trained), rtol=0, atol=0)
+
+
 def test_scales_are_dropped_by_step_alone(trained, bank_folder):
     def trainer(seed: int, **changes):
         return train_visual_tokenizer.TokenizerTrainer(
