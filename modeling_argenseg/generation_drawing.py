@@ -165,9 +165,9 @@ class DrawingMixin:
 
 def _picture_warpers(generation_config: GenerationConfig) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
-    if generation_config.picture_temperature != 1.0:
+    if generation_config.picture_temperature not in (None, 1.0):
         warpers.append(TemperatureLogitsWarper(generation_config.picture_temperature))
-    if generation_config.picture_top_k is not None:
+    if generation_config.picture_top_k:  # 0 is none, as for `top_k`
         warpers.append(TopKLogitsWarper(generation_config.picture_top_k))
     if generation_config.picture_top_p is not None:
         warpers.append(TopPLogitsWarper(generation_config.picture_top_p))

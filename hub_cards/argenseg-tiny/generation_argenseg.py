@@ -152,6 +152,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, default in PICTURE_DEFAULTS.items():
             setattr(generation_config, name, given.get(name, getattr(generation_config, name, default)))
+        if isinstance(generation_config.picture_answer_ids, torch.Tensor):
+            generation_config.picture_answer_ids = generation_config.picture_answer_ids.flatten().tolist()
         if model_kwargs.get("encoded_image") is not None:
             model_kwargs["encoded_image"].check_images(model_kwargs.pop("pixel_values", None))
         return generation_config, model_kwargs

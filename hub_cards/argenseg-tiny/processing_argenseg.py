@@ -289,13 +289,18 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
         Raises:
             ValueError: markers and items differ in number; a picture in the text is incomplete; the text is longer
-                than the model's context, or truncation would cut an image or a picture; an unusable image or mask.
+                than the model's context, or truncation would cut an image or a picture; an unusable image or mask;
+                text that is no string or an empty list.
         """
         if text is None:
             raise ValueError("text is missing; masks alone: encode_masks, images alone: image_processor")
         if kwargs.pop("videos", None) is not None or kwargs.pop("audio", None) is not None:
             raise ValueError("ARGenSeg takes images, text and masks; neither videos nor audio")
-        text = [text] if isinstance(text, str) else list(text)
+        rows = list(text) if isinstance(text, (list, tuple)) else [text]
+        if not rows or not all(isinstance(row, str) for row in rows):
+            found = ", ".join(sorted({type(row).__name__ for row in rows})) or "an empty list"
+            raise ValueError(f"text must be a string, or a list of at least one; got {found}")
+        text = [str(row) for row in rows]
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_rows = self._rows(images, text, "image", self.image_token)
         image_rows = [[load_image(image) for image in row] for row in image_rows]

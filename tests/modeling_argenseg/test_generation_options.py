@@ -323,3 +323,16 @@ def test_a_prompt_with_a_picture_is_not_read_in_chunks():
     net, ids = tiny.model(), PROMPTS[3]
     with pytest.raises(ValueError, match="prefill_chunk_size would cut the pictures"):
         net.generate(ids, **images_of(3), prefill_chunk_size=4, max_new_tokens=2)
+
+
+def test_options_as_transformers_writes_them():
+    net, prompt = tiny.model(), {"input_ids": PROMPTS[1]}
+    drawing = {"picture_answer_ids": [SURE, GEN_START, DONE, EOS], "picture_prefill": "always", "max_new_tokens": 4}
+    expected = net.generate(**prompt, **drawing)
+    ids = torch.tensor(drawing["picture_answer_ids"])
+    assert torch.equal(net.generate(**prompt, **drawing | {"picture_answer_ids": ids}), expected)
+    sampled = []
+    for options in ({"picture_top_k": 0, "picture_temperature": None}, {}):
+        torch.manual_seed(0)
+        sampled.append(net.generate(**prompt, **drawing, picture_do_sample=True, **options))
+    assert torch.equal(*sampled)

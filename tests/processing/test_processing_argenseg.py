@@ -258,3 +258,11 @@ def test_picture_answer_ids(processor, image, mask):
     assert ids.count(processor.gen_start_token_id) == 1 and len(ids) > 2
     assert processor.tokenizer.decode(answer[len(ids) :]).strip() == ""
     assert processor.whole_scales[-1] == processor.num_visual_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [([], "an empty list"), (5, "int"), ([None, "a"], "NoneType, str"), (b"a", "bytes")]
+)
+def test_text_that_is_none(processor, text, found):
+    with pytest.raises(ValueError, match=f"text must be a string, or a list of at least one; got {found}"):
+        processor(text=text)
