@@ -48,6 +48,10 @@ def test_same_pixels_from_every_form(source):
     assert np.array_equal(pixels(source), PIXELS)
 
 
+def test_white_in_eight_bits_of_a_wider_integer():
+    assert (pixels(np.full((4, 4, 3), 255, np.int64)) == 255).all()
+
+
 def test_three_pixels_wide_and_high_is_read_by_the_habit_of_the_library():
     cube = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(cube), cube)

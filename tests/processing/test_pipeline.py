@@ -240,6 +240,29 @@ def test_mistakes(pipe: Any, photograph: Image.Image) -> None:
             pipe(inputs, **options)
 
 
+def test_a_stream_is_read_once_whatever_the_workers(pipe: Any, photograph: Image.Image) -> None:
+    one = simple(pipe(photograph, text=SQUARE))
+    found = pipe((photograph for _ in range(3)), text=SQUARE, num_workers=2)
+    assert simple(found) == [one] * 3
+
+
+def test_the_text_of_an_item_comes_before_that_of_the_pipeline(pipe: Any, photograph: Image.Image) -> None:
+    made: Any = pipeline("image-segmentation", model=pipe.model, processor=pipe.processor, text=BALL)
+    square = simple(pipe(photograph, text=SQUARE))
+    assert simple(made({"image": photograph, "text": SQUARE})) == square
+    assert simple(pipe({"image": photograph, "text": SQUARE}, text=BALL)) == square
+    assert simple(made({"image": photograph})) == simple(pipe(photograph, text=BALL))
+
+
+def test_the_batch_size_of_the_pipeline(pipe: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Any = pipeline("image-segmentation", model=pipe.model, processor=pipe.processor, batch_size=2)
+    rows, generate = [], pipe.model.generate
+    monkeypatch.setattr(pipe.model, "generate", lambda **kw: (rows.append(len(kw["input_ids"])), generate(**kw))[1])
+    made(photograph, text=[BALL, WHALE, SQUARE])
+    made(photograph, text=[BALL, WHALE, SQUARE], batch_size=3)
+    assert rows == [2, 1, 3]
+
+
 def test_streams_of_unlike_length(pipe: Any, photograph: Image.Image) -> None:
     for images, texts, message in ((2, 1, "got 1 texts, and more images"), (1, 2, "got more texts than images")):
         with pytest.raises(ValueError, match=message + ".*for each image its prompt"):

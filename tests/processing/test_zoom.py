@@ -9,12 +9,12 @@ import torch
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, GenerationConfig, pipeline
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor, zoom_in
-from processing.zoom import SMALLEST, WIDER, _answer_with, boxes_around
+from processing.zoom import SMALLEST, WIDER, _answer_with, boxes_around, check_zoom_options
 from trl_recipes.evaluation.answers import answer, draw, evaluate_expressions, union
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +195,13 @@ class TestAnswers:
             assert iou(one["segments"][0]["mask"], other["segments"][0]["mask"]) > 0.999
 
     def test_views_of_something_else_change_nothing(self) -> None:
-        mask = np.zeros((4, 4), bool)
-        mask[:2] = True
+        mask = np.zeros((10, 10), bool)
+        mask[:5] = True
         first = {"text": "Sure.", "segments": [{"label": "a", "mask": mask, "score": 0.5}]}
-        for other, kept in ((~mask, True), (np.ones((4, 4), bool), False), (np.zeros((4, 4), bool), True)):
+        tenth, fifth = ~mask, ~mask
+        tenth[0] = fifth[:2] = True  # by their IoU with the mask
+        everything, nothing = np.ones_like(mask), np.zeros_like(mask)
+        for other, kept in ((~mask, True), (tenth, True), (fifth, False), (everything, False), (nothing, True)):
             (segment,) = _answer_with({(0, 0): other}, 0, first)["segments"]
             np.testing.assert_array_equal(segment["mask"], mask if kept else other)
 
@@ -223,10 +226,29 @@ class TestAnswers:
         whole = processor.apply_chat_template([asked], tokenize=True, return_dict=True, add_generation_prompt=True)
         with pytest.raises(ValueError, match="encoded_image cannot be used to zoom in"):  # would show the whole image
             zoom_in(model, processor, [asked], [first], encoded_image=model.encode_image(**whole))
-        for options in ({"picture_guidance_scale": 2.0}, {"num_return_sequences": 2}, {"prefill_chunk_size": 8}):
-            (name,) = options
+        for name in ("picture_guidance_scale", "num_return_sequences"):
             with pytest.raises(ValueError, match=f"{name} cannot be used to zoom in"):
-                zoom_in(model, processor, [asked], [first], **options)
+                zoom_in(model, processor, [asked], [first], **{name: 2})
+
+    @pytest.mark.parametrize(
+        "name",
+        ["encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_ids", "prefill_chunk_size", "streamer"],
+    )
+    def test_options_of_the_whole_image(self, tiny: Any, name: str) -> None:
+        with pytest.raises(ValueError, match=f"{name} cannot be used to zoom in"):
+            check_zoom_options(tiny[0], {name: object()})
+
+    @pytest.mark.parametrize(
+        "name, message",
+        [("picture_stop_at_scale", "leave out picture_stop_at_scale"), ("picture_guidance_scale", "cannot be used")],
+    )
+    def test_options_that_the_model_is_set_to(
+        self, tiny: Any, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+    ) -> None:
+        monkeypatch.setattr(tiny[0].generation_config, name, 2, raising=False)
+        with pytest.raises(ValueError, match=message):
+            zoom_in(*tiny, [], [])
+        zoom_in(*tiny, [], [], **{name: None})  # a call overrides the model
 
     def test_mistakes_are_told_before_anything_is_drawn(
         self, tiny: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch
@@ -282,6 +304,11 @@ class TestOptions:
         for answers in set_before([photograph, photograph], text=[SHEEP, texts], batch_size=2):
             assert iou(np.asarray(answers[-1]["mask"]) > 0, after) > 0.999
 
+    def test_threshold_of_a_pipeline(self, tiny: Any, near: Image.Image) -> None:
+        pipe: Any = pipeline("image-segmentation", model=tiny[0], processor=tiny[1], zoom=True)
+        areas = [np.count_nonzero(pipe(near, text=SHEEP, mask_threshold=at)[0]["mask"]) for at in (0.2, 0.8)]
+        assert areas[0] > 1.1 * areas[1]
+
     def test_recipes(self, tiny: Any, photograph: Image.Image, first: dict[str, Any]) -> None:
         model, processor = tiny
         asked = conversations(processor, photograph, SHEEP)
@@ -303,3 +330,16 @@ def test_small_things_get_finer_outlines(tiny: Any, near: Image.Image) -> None:
     truth[there] = np.asarray(Image.fromarray(union(draw(*tiny, requests(near, SHEEP))[0])).resize(size))
     plain, finer = (union(draw(*tiny, requests(far, SHEEP), zoom=zoom)[0]) for zoom in (False, True))
     assert iou(finer, truth) > iou(plain, truth) + 0.1
+
+
+def test_requests_of_several_images_are_answered_by_their_own(tiny: Any, near: Image.Image) -> None:
+    """In one batch, although each image alone would be read once for all its prompts."""
+    pipe: Any = pipeline("image-segmentation", model=tiny[0], processor=tiny[1])
+    images, texts = [near, ImageOps.mirror(near)], [[WHALE, SHEEP], [SHEEP, WHALE]]
+    single = [pipe(image, text=text) for image, text in zip(images, texts, strict=True)]
+    masks = []
+    for alone, found in zip(single, pipe(images, text=texts, batch_size=3), strict=True):
+        assert [one["label"] for one in found] == [one["label"] for one in alone] == [SHEEP]
+        masks.append(np.asarray(found[0]["mask"]) > 0)
+        assert iou(masks[-1], np.asarray(alone[0]["mask"]) > 0) > 0.999
+    assert iou(*masks) < 0.9
