@@ -130,6 +130,12 @@ class TestSameIds:
         assert torch.equal(plain.sequences, fast.sequences) and lengths[0] == inputs["input_ids"].shape[1]
         assert plain.logits is None or len(plain.logits) == len(fast.logits)
 
+    def test_no_draft_where_the_prompt_is_read_in_chunks(self, toy_folder, processor, inputs) -> None:
+        model = load(toy_folder)
+        plain = run(model, inputs)
+        fast = run(model, inputs, picture_answer_ids=processor.picture_answer_ids, prefill_chunk_size=8)
+        assert torch.equal(plain.sequences, fast.sequences)
+
     def test_text_streamer(self, toy_folder, processor, inputs) -> None:
         model, alone = load(toy_folder), single(inputs, 0)
 
@@ -171,6 +177,14 @@ class TestWork:
         at = ids.index(processor.gen_start_token_id) + 1
         assert lengths[1] == inputs["input_ids"].shape[1] - encoded.length + at
 
+    def test_padding_of_the_encoded_prompt_is_left_out(self, toy_folder, inputs) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        plain = model.encode_image(**alone)
+        padded = model.encode_image(**alone | left_padded([alone["input_ids"]], extra=3))
+        assert torch.equal(padded.input_ids, plain.input_ids)
+        for (keys, values), (other_keys, other_values) in zip(padded.layers, plain.layers, strict=True):
+            assert torch.equal(keys, other_keys) and torch.equal(values, other_values)
+
     def test_always_draws(self, toy_folder, processor, inputs) -> None:
         model, ids = load(toy_folder), processor.picture_answer_ids
         outputs = run(model, inputs, picture_answer_ids=ids, picture_prefill="always")
@@ -186,8 +200,9 @@ class TestWork:
             model.encode_image(**inputs)
         with pytest.raises(ValueError, match="no image"):
             model.encode_image(torch.tensor([[300, 301, 302]]))
-        with pytest.raises(ValueError, match="prompt 0 does not begin"):
-            run(model, {"input_ids": torch.tensor([[3, 4, 5]])}, encoded_image=encoded)
+        for ids in (torch.tensor([[3, 4, 5]]), encoded.input_ids[None]):
+            with pytest.raises(ValueError, match="prompt 0 does not begin .* and go on after them"):
+                run(model, {"input_ids": ids}, encoded_image=encoded)
         alone, pixels = single(inputs, 0), inputs["pixel_values"]
         with pytest.raises(ValueError, match="show something else than encoded_image"):
             run(model, alone | {"pixel_values": pixels[:1].flip(-1)}, encoded_image=encoded)

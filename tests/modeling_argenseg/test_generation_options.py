@@ -167,6 +167,17 @@ class TestLogitAdjustment:
         logits[first] = -torch.inf
         assert adjusted.sequences[0, start + 1] - FIRST_VISUAL == logits.argmax() != first
 
+    def test_log_probabilities_are_those_of_the_model_itself(self):
+        net, prompt = tiny.model(), left_padded([PROMPTS[1]])
+        net.model.quantizer.ema_vocab_hit_SV.copy_(torch.rand(len(SIDES), CODES) ** 4)
+        out = generate(net, prompt, [GEN_START, DONE], picture_logit_adjustment=1.0)
+        (start,) = starts_of(out.sequences[0])
+        ids = out.sequences[0, start + 1 : start + 1 + T] - FIRST_VISUAL
+        logprobs = visual_logits(net, out.sequences[0], start).log_softmax(-1)
+        assert not torch.equal(logprobs.argmax(-1), ids)
+        chosen = logprobs.gather(-1, ids[:, None])[:, 0]
+        torch.testing.assert_close(out.picture_token_logprobs[0][0], chosen, atol=1e-4, rtol=1e-4)
+
 
 class TestGuidance:
     NEGATIVE = left_padded([stream(6, 5)])
@@ -262,6 +273,11 @@ class TestOutputs:
         bare = generate(net, prompts, TEXTS[1], TEXTS[2], return_dict_in_generate=False)
         assert isinstance(bare, torch.Tensor) and torch.equal(bare, out.sequences)
 
+    def test_a_preview_scores_by_its_own_scales(self):
+        out = generate(tiny.model(), left_padded([PROMPTS[1]]), [GEN_START], picture_stop_at_scale=2)
+        means = [scale.mean() for scale in out.picture_token_logprobs[0][0].split(SIZES[:2])]
+        assert out.picture_scores[0] == [pytest.approx(torch.stack(means).mean().exp().item())]
+
     def test_a_certain_picture_scores_one(self):
         net = tiny.model()
         with torch.no_grad():
@@ -282,6 +298,7 @@ class TestOutputs:
             ({"picture_prefill": "sometimes"}, "one of"),
             ({"picture_prefill": "always"}, "picture_answer_ids"),
             ({"picture_answer_ids": [SURE]}, "once"),
+            ({"picture_answer_ids": [GEN_START, DONE, GEN_START]}, "once"),
         ],
     )
     def test_what_is_not_supported_is_said(self, options, message):

@@ -103,6 +103,7 @@ def test_with_guidance_and_several_samples() -> None:
         (codes(1, 1)[0], "got the shape"),
         (codes(1, 5) + FIRST_VISUAL, "subtract visual_token_offset = 42"),
         (codes(1, 5) - CODES, "codebook indices, 0 to 31"),
+        (torch.full((1, 5), CODES), "codebook indices, 0 to 31"),
         (codes(1, 5).float(), "codebook indices"),
     ],
 )

@@ -207,6 +207,23 @@ def test_usage_moves_in_training_only():
     assert set(hits[0].nonzero()[:, 0].tolist()) == set(ids[:, 0].tolist())
 
 
+def test_usage_stays_where_the_codebook_is_frozen():
+    model = visual_tokenizer().train()
+    model.quantize.embedding.weight.requires_grad_(False)
+    model(square())
+    assert model.quantize.ema_vocab_hit_SV.abs().max() == 0
+
+
+def test_a_coarse_picture_teaches_the_decoder_alone():
+    model = visual_tokenizer().train()
+    out = model(square(), num_scales=2)
+    (out.loss - out.vq_loss).backward()
+    parts = [model.encoder, model.quant_conv, model.quantize]
+    taught = [one.grad for part in parts for one in part.parameters() if one.grad is not None]
+    assert all(gradient.abs().max() == 0 for gradient in taught)
+    assert all(one.grad.abs().sum() > 0 for one in model.decoder.parameters())
+
+
 def test_save_and_load(tmp_path):
     model = visual_tokenizer(rate_weight=0.3)
     model.quantize.ema_vocab_hit_SV.copy_(torch.rand(len(SIDES), CODES))

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
-from tiny import CAT, DONE, GEN_START, IMAGE, PAD, SURE, generate, images, pictures, stream
+from tiny import CAT, DONE, FIRST_VISUAL, GEN_START, IMAGE, PAD, SURE, T, generate, images, pictures, stream
 from transformers import Trainer, TrainingArguments
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
@@ -80,6 +80,19 @@ def test_the_projector_can_be_saved_with_an_adapter() -> None:
     trained = {name for name, one in adapted.named_parameters() if one.grad is not None}
     assert any("generation_projector.modules_to_save" in name for name in trained)
     assert torch.equal(draw(adapted.eval()), expected)
+
+
+def test_an_adapter_of_the_head_draws() -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    adapted: Any = get_peft_model(tiny.model(), config).eval()
+    found = generate(adapted, {"input_ids": PROMPT["input_ids"]}, [GEN_START], pixel_values=PROMPT["pixel_values"])
+    sequence = found.sequences[0]
+    (start,) = tiny.starts_of(sequence)
+    logits = tiny.visual_logits(adapted, sequence, start, pixel_values=PROMPT["pixel_values"])
+    assert torch.equal(logits.argmax(-1), sequence[start + 1 : start + 1 + T] - FIRST_VISUAL)
+    with adapted.disable_adapter():
+        without = tiny.visual_logits(adapted, sequence, start, pixel_values=PROMPT["pixel_values"])
+    assert not torch.equal(logits.argmax(-1), without.argmax(-1))
 
 
 @pytest.mark.parametrize("visual_loss", ["token", "scale"])

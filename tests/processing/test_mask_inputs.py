@@ -178,8 +178,9 @@ def test_encode_and_decode_refuse(processor, toys, mask):
         processor.encode_masks([mask], image_sizes=[None, None])
     with pytest.raises(ValueError, match=r"\(N, 21\)"):
         processor.decode_masks(torch.zeros(1, 20, dtype=torch.long))
-    with pytest.raises(ValueError, match="visual_token_offset"):
-        processor.decode_masks(torch.full((1, 21), processor.visual_token_offset))
+    for code in (-1, toys.num_codes, processor.visual_token_offset):
+        with pytest.raises(ValueError, match="visual_token_offset"):
+            processor.decode_masks(torch.full((1, 21), code))
     with pytest.raises(ValueError, match="target_sizes needs 1"):
         processor.decode_masks(torch.zeros(1, 21, dtype=torch.long), [(1, 1), (2, 2)])
     with pytest.raises(ValueError, match="at least 1"):

@@ -145,6 +145,8 @@ def test_tokenizers_that_do_not_fit(toys):
         toys.processor(toys.tokenizer(visual_codes=[]))
     with pytest.raises(ValueError, match="has 6 visual tokens, but the visual tokenizer has 8"):
         toys.processor(toys.tokenizer(visual_codes=range(6)))
+    with pytest.raises(ValueError, match="has 9 visual tokens, but the visual tokenizer has 8"):
+        toys.processor(toys.tokenizer(visual_codes=range(9)))
     without = {name: token for name, token in toys.special.items() if name != "gen_start_token"}
     with pytest.raises(ValueError, match="no gen_start_token"):
         toys.processor(toys.tokenizer(special=without))
