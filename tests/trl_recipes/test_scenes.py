@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from trl_recipes.scenes import KIND_WEIGHTS, SceneBank, SceneConfig, SceneDataset, compose_scene
 from trl_recipes.scenes.dataset import flat_expressions
 from trl_recipes.scenes.effects import warp_sprite
-from trl_recipes.scenes.expressions import name_everything, sample_expressions
+from trl_recipes.scenes.expressions import absent_term, name_everything, sample_expressions
 from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, with_article
 from trl_recipes.scenes.view import SceneView
 
@@ -195,6 +195,19 @@ def test_sides_are_the_outermost_object(spoken):
     assert min(checked.values()) > 2
 
 
+def test_near_and_far_high_and_low_are_the_outermost_object(spoken):
+    edges = {"closest": 1, "nearest": 1, "in front": 1, "farthest": -1, "at the back": -1}
+    middles = {"lowest": 1, "at the bottom": 1, "highest": -1, "topmost": -1, "at the top": -1}
+    heard = set()
+    for scene, one in _of_kind(spoken, "spatial"):
+        for word, sign in (edges | middles).items():
+            if word in one.text:
+                heights = {it.index: it.box[3] if word in edges else it.center[1] for it in _named(scene, one.text)}
+                assert len(heights) > 1 and one.object_ids == (max(heights, key=lambda i: sign * heights[i]),), one.text
+                heard.add((word in edges, sign))
+    assert len(heard) == 4
+
+
 def test_sizes_are_the_extreme_object(spoken):
     for scene, one in _of_kind(spoken, "size"):
         (target,) = (it for it in scene.objects if it.index in one.object_ids)
@@ -263,6 +276,17 @@ def test_what_is_missing_matches_nothing(spoken):
         assert all(color and it.sprite.color not in near for it in fit), one.text
         assert word not in scene.background.avoid
         assert one.missing.split(" ")[-1][:3] in one.text
+
+
+def test_what_is_missing_is_not_even_likely_there(spoken):
+    """A stool may be taken for a bench: where there is a stool, "the bench" is no request for nothing."""
+    drawn = 0
+    for scene, _ in spoken[:100]:
+        view = SceneView(scene, np.random.default_rng(0))
+        for term in filter(None, (absent_term(view) for _ in range(5))):
+            assert not any(scene.lexicon.may_fit(term, one.sprite) for one in scene.objects), term
+            drawn += 1
+    assert drawn > 50
 
 
 def test_a_background_keeps_its_own_things_out_of_the_sentences(spoken):

@@ -211,13 +211,6 @@ def _colored_plural(view: SceneView) -> Expression | None:
     return None
 
 
-def _with_color(plain: str, color: str, forms: tuple[str, str]) -> str:
-    # "all the mugs" -> "all the red mugs", "every mug" -> "every red mug".
-    form = forms[0] if forms[0] in plain else forms[1]
-    head, _, tail = plain.rpartition(form)
-    return f"{head}{color} {form}{tail}"
-
-
 def _pair(view: SceneView) -> Expression | None:
     if len(view.targets) < 2:
         return None
