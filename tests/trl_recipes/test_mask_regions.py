@@ -1,9 +1,11 @@
 """The loss by which queries know what a mask covers, and masks of one image are told from each other."""
 
+from math import exp, log
+
 import pytest
 import torch
 
-from trl_recipes.mask_regions import GAIN, MaskRegions, mean_on_masks, shares_of_queries
+from trl_recipes.mask_regions import GAIN, OTHERS_WEIGHT, MaskRegions, mean_on_masks, shares_of_queries
 
 SIDES = [1, 2, 4]
 
@@ -58,3 +60,36 @@ def test_nothing_drawn_is_no_loss():
     regions = MaskRegions(8, SIDES)
     nothing = regions.compare(torch.zeros(1, 16), torch.zeros(1, 16), torch.tensor([0]))
     assert nothing == 0
+
+
+def test_the_loss_is_the_one_that_is_worked_out_by_hand():
+    """The last mask lies within the one before it and, in another image, upon the first."""
+    regions = MaskRegions(8, [1, 2])
+    shares = torch.tensor([[0.5, 1, 1, 0, 0], [1.0, 1, 1, 1, 1], [0.25, 1, 0, 0, 0]])
+    images, hidden = [0, 0, 1], torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(regions(hidden, shares, torch.tensor(images)), by_hand(regions, hidden, shares, images))
+    images = [0, 1, 1]
+    torch.testing.assert_close(regions(hidden, shares, torch.tensor(images)), by_hand(regions, hidden, shares, images))
+
+
+def by_hand(regions: MaskRegions, hidden: torch.Tensor, shares: torch.Tensor, images: list[int]) -> torch.Tensor:
+    """The loss of masks of a scale of one cell and one of four."""
+    logits, masks = regions.logits(hidden).tolist(), shares.tolist()
+    cells = [
+        [log(1 + exp(logit)) - share * logit for logit, share in zip(*pair, strict=True)]
+        for pair in zip(logits, masks, strict=True)
+    ]
+    loss = (sum(row[0] for row in cells) / 3 + sum(sum(row[1:]) for row in cells) / 12) / 2
+
+    def fit(i: int, j: int) -> float:  # of request i and mask j: the mean logit on the mask
+        return exp(sum(a * b for a, b in zip(logits[i][1:], masks[j][1:], strict=True)) / sum(masks[j][1:]))
+
+    def same(i: int, j: int) -> bool:  # more than half of mask j lies in mask i
+        return sum(map(min, masks[i][1:], masks[j][1:])) / sum(masks[j][1:]) > 0.5
+
+    for i in range(3):
+        near = [j for j in range(3) if images[j] == images[i]]
+        of_masks = sum(fit(i, j) for j in near if same(i, j)) / sum(fit(i, j) for j in near)
+        of_requests = sum(fit(j, i) for j in near if same(j, i)) / sum(fit(j, i) for j in near)
+        loss -= OTHERS_WEIGHT * (log(of_masks) + log(of_requests)) / 3
+    return torch.tensor(loss)

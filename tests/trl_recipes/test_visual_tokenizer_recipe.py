@@ -29,6 +29,11 @@ STEPS, FIT_AT = 60, 40  # the codebook is fitted after 40 of 60 steps
 # ---------------------------------------------------------------------- masks
 
 
+def test_requests_for_nothing_give_no_masks(bank_folder):
+    masks = compose_masks(bank_folder, "train", 60, seed=0)
+    assert masks.any((1, 2)).all()
+
+
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_masks_are_as_many_as_asked_for_and_the_cache_holds_the_same(bank_folder, tmp_path, count):
     cache = tmp_path / "new" / "masks.npy"
@@ -156,6 +161,14 @@ def test_photos_are_mixed_in_as_often_as_told(tmp_path):
     mixed = MaskPictures(half(64), 16, 0, photos=[tmp_path / "red.png"], photo_share=0.25).batch(torch.arange(200))
     red = (mixed[:, 1] < mixed[:, 0]).all((1, 2)).sum()
     assert 30 < red < 70
+
+
+def test_every_photo_comes_up(tmp_path):
+    for color in ("red", "blue"):
+        Image.new("RGB", (40, 30), color).save(tmp_path / f"{color}.png")
+    photos = [tmp_path / "red.png", tmp_path / "blue.png"]
+    mixed = MaskPictures(half(64), 16, 0, photos=photos, photo_share=1.0).batch(torch.arange(60))
+    assert 15 < (mixed[:, 0] > mixed[:, 2]).all((1, 2)).sum() < 45
 
 
 def test_what_is_no_picture_among_the_photos_is_told_and_left_out(bank_folder, tmp_path, capsys):

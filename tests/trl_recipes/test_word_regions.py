@@ -51,6 +51,17 @@ def test_the_loss_is_low_where_features_are_the_words_of_their_cells(parts, word
     assert regions(features, embedding, colors, colors) == 0
 
 
+def test_background_weighs_less_in_sum_and_count(parts, words):
+    regions = WordRegions(words, parts[1].tokenizer)
+    embedding, features = torch.randn(len(parts[1].tokenizer), 8), torch.randn(1, 4, 8)
+    nouns = torch.tensor([[0, -100, 1, len(words.nouns) - 1]])
+    half = torch.nn.functional.normalize(features[0, :, :4], dim=-1)
+    logits = half @ regions.embed(regions.nouns, embedding).T / 0.07
+    weight = torch.tensor([1.0] * (len(words.nouns) - 1) + [0.1])
+    expected = torch.nn.functional.cross_entropy(logits, nouns[0], weight=weight)
+    torch.testing.assert_close(regions(features, embedding, nouns, torch.full((1, 4), -100)), expected)
+
+
 def test_a_word_is_the_mean_of_its_tokens(parts, words):
     regions, tokenizer = WordRegions(words, parts[1].tokenizer), parts[1].tokenizer
     embedding = torch.randn(len(tokenizer), 8)

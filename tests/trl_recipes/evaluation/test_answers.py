@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny_scenes
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from trl_recipes import train_scenes
@@ -76,7 +77,19 @@ def test_several_masks_in_one_answer_count_as_their_union(learned, requests):
     (answer,) = draw(model, processor, [requests[0]])
     first, second = (segment["mask"] for segment in answer["segments"])
     assert np.array_equal(union(answer), first | second)
+    apart = np.eye(2, dtype=bool)
+    assert union({"segments": [{"mask": apart}, {"mask": ~apart}]}).all()
     assert union({"segments": []}) is None
+
+
+def test_the_question_is_the_image_its_prompt_and_the_bare_request(learned):
+    model, processor = learned
+    image, prompt = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    sample = Sample(id="x", text=" the disc\n", load_image=lambda: image, load_prompt=lambda: prompt)
+    (turn,) = ModelPredictor(model, processor, "{request}", {}, {}).conversation(sample, image)
+    *pictures, words = turn["content"]
+    assert [one["image"] for one in pictures] == [image, prompt]
+    assert words["text"] == processor.segmentation_prompt.replace("{prompt}", "the disc")
 
 
 def test_what_was_learned_about_a_scene_is_answered_in_words_and_masks(bank_folder, tokenizer_folder, tmp_path):

@@ -211,6 +211,8 @@ def test_overlapping_classes_go_to_the_higher_score():
     assert overlay_classes([nothing, high, low], (2, 4)).tolist() == [[2, 1, 1, -1]] * 2
     assert overlay_classes([low, high | {"score": 0.5}], (2, 4)).tolist() == [[0, 0, 0, -1]] * 2  # equal: the first
     assert overlay_classes([low, high | {"score": None}], (2, 4)).tolist() == [[0, 0, 0, -1]] * 2
+    below_zero = [low | {"score": -0.5}, high | {"score": None}]
+    assert overlay_classes(below_zero, (2, 4)).tolist() == [[0, 0, 0, -1]] * 2
     with pytest.raises(ValueError, match=r"the mask is \(2, 4\), the label map \(2, 5\)"):
         overlay_classes([low], (2, 5))
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from processing import load_mask
 from trl_recipes.metrics import BoundaryIoU, SegmentationMetrics, to_rle
+from trl_recipes.metrics.masks import count_overlap
 
 MASK = np.array([[True, False, True], [False, False, True]])
 FORMS = [
@@ -57,3 +58,9 @@ def test_a_sample_of_a_referring_task_costs_little():
                 one.add(*pair)
             times.append(perf_counter() - start)
         assert min(times) < 0.005
+
+
+def test_what_is_ignored_is_no_part_of_the_truth_either():
+    row = np.array([[True, True, True]])
+    found = count_overlap(prediction=row & [1, 1, 0], truth=row, ignore=row & [0, 0, 1])
+    assert found.iou == 1 and found.target == 2
