@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -15,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from trl_recipes.scenes import KIND_WEIGHTS, SceneBank, SceneConfig, SceneDataset, compose_scene
 from trl_recipes.scenes.dataset import flat_expressions
-from trl_recipes.scenes.effects import warp_sprite
+from trl_recipes.scenes.effects import develop, warp_sprite
 from trl_recipes.scenes.expressions import absent_term, name_everything, sample_expressions
-from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, with_article
+from trl_recipes.scenes.lexicon import CONFUSABLE_COLORS, regular_plural, with_article
 from trl_recipes.scenes.view import SceneView
 
 
@@ -419,3 +420,23 @@ def test_presets_joined_by_a_plus_take_turns(bank_folder):
     assert [dataset.config_at(index) for index in (6, 7, 8, 9, 10)] == [full, medium, full, full, medium]
     with pytest.raises(ValueError, match="huge"):
         SceneDataset(bank, schedule=[(0, "easy+huge")])
+
+
+def test_english_by_rule():
+    plurals = {"monkey": "monkeys", "berry": "berries", "box": "boxes", "fish": "fish", "mug": "mugs"}
+    assert {word: regular_plural(word) for word in plurals} == plurals
+    assert [with_article(word) for word in ("unicorn", "umbrella", "apple")] == ["a unicorn", "an umbrella", "an apple"]
+
+
+def test_effects_are_as_likely_and_as_strong_as_asked():
+    off = {"gradient_share": 0.0, "jitter": 0.0, "blur_share": 0.0, "noise_share": 0.0, "jpeg_share": 0.0}
+    canvas = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+    def change(**options):
+        config = dataclasses.replace(SceneConfig(), **(off | options))
+        seen = np.asarray(develop(canvas, np.random.default_rng(1), config), float)
+        return np.abs(seen - canvas).mean()
+
+    assert change() == 0.0
+    assert min(change(**{name: 1.0}) for name in off) > 0.5
+    assert change(jpeg_share=1.0, jpeg_quality=(5, 5)) > 1.2 * change(jpeg_share=1.0, jpeg_quality=(95, 95))
