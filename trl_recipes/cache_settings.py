@@ -1,8 +1,6 @@
 """Caches that are arrays (.npy), and what each was made of (.json beside it): for anything else it is made anew."""
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,3 @@ def start_anew(cache: Path, settings: dict[str, Any]) -> None:
     cache.unlink(missing_ok=True)  # first: killed in between, none is left with the settings of another
     cache.with_suffix(".json").unlink(missing_ok=True)
     write_settings(cache.with_suffix(".json"), settings)
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """A short hash of the names and bytes of files, those that are there."""
-    digest = hashlib.sha256()
-    for path in filter(Path.is_file, paths):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]

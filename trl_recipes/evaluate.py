@@ -46,14 +46,14 @@ from .evaluation.gallery import write_gallery
 from .evaluation.predictions import ModelPredictor, predict
 from .evaluation.report import (
     answered_by,
-    check_settings,
+    check_answers,
     code,
     hash_files,
     hash_samples,
     hash_texts,
     model_settings,
     processor_settings,
-    write_settings,
+    start_answers,
 )
 from .evaluation.scoring import EXTRA, Scores, score
 from .evaluation.store import PATTERN, PredictionStore
@@ -146,9 +146,9 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     settings = run_settings(args, source, samples, model, processor, state.device)
     if state.is_main_process:
         start_folder(folder, args.overwrite)
-        write_settings(folder / "run.json", settings)
+        start_answers(folder / "run.json", settings)
     state.wait_for_everyone()
-    check_settings(folder / "run.json", settings)
+    check_answers(folder / "run.json", settings)
     store = PredictionStore(folder).read()
     state.wait_for_everyone()  # everybody has read: nobody writes before
     if state.is_main_process:

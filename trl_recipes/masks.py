@@ -5,13 +5,15 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from .cache_settings import hash_files, start_anew, was_made_of
+from .cache_settings import start_anew, was_made_of
+from .evaluation.report import hash_files
 from .scenes import SceneBank, SceneConfig, SceneDataset
 
 PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
@@ -63,7 +65,9 @@ def compose_masks(
     masks, is made anew.
     """
     files = [Path(bank_folder, name) for name in ("sprites.parquet", "backgrounds.parquet", "vocabulary.json")]
-    settings = {"bank": hash_files(files), "split": split, "seed": seed}
+    settings: dict[str, Any] = {}
+    if cache is not None:
+        settings = {"bank": hash_files([file for file in files if file.is_file()]), "split": split, "seed": seed}
     packed = np.load(cache, mmap_mode="r") if cache is not None and was_made_of(cache, settings) else ()
     if len(packed) >= count:
         chosen = np.linspace(0, len(packed) - 1, count).round().astype(int)  # of all presets

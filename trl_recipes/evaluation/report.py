@@ -19,6 +19,7 @@ from .store import PATTERN
 PACKAGES = ("argenseg", "torch", "transformers", "accelerate", "numpy", "pillow", "pycocotools")
 FINGERPRINT_VALUES = 256  # of every parameter
 WHOLE_BYTES, EDGE_BYTES = 1 << 28, 1 << 16  # data up to this are read as a whole; otherwise the edges of every file
+ANSWERED_BY = "answered_by"  # no setting, but kept with them
 LOOKED_AT = 64  # samples whose image and text are compared
 WHOLES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNSAID = ("_name_or_path", "_from_model_config", "transformers_version", "auto_map")  # where it lies, who wrote it
@@ -127,18 +128,23 @@ def hash_samples(samples: Samples) -> str:
 
 
 def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a new run; those of a run that goes on stay.
+    """Writes the settings of a new run; those of a run that goes on stay."""
+    if not path.exists():
+        _write_json(path, settings)
+
+
+def start_answers(path: Path, settings: dict[str, Any]) -> None:
+    """`write_settings` of an evaluation, which also keeps by what code its predictions were made (`answered_by`).
 
     Raises:
         ValueError: there are predictions, but no settings of theirs.
     """
-    if not path.exists():
-        if any(path.parent.glob(PATTERN)):
-            raise ValueError(
-                f"{path.parent} holds predictions, but no {path.name} that says of which run. Give another --output, "
-                "or --overwrite to begin anew"
-            )
-        _write_json(path, {**settings, "answered_by": []})
+    if not path.exists() and any(path.parent.glob(PATTERN)):
+        raise ValueError(
+            f"{path.parent} holds predictions, but no {path.name} that says of which run. Give another --output, "
+            "or --overwrite to begin anew"
+        )
+    write_settings(path, {**settings, ANSWERED_BY: []})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -150,25 +156,34 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def answered_by(path: Path, now: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The code (see `code`) of all predictions of a run, the first first; `now` is added if it is another."""
     run = json.loads(path.read_text(encoding="utf-8"))
-    if now is not None and now not in run["answered_by"]:
-        run["answered_by"].append(now)
+    if now is not None and now not in run[ANSWERED_BY]:
+        run[ANSWERED_BY].append(now)
         _write_json(path, run)
-    return run["answered_by"]
+    return run[ANSWERED_BY]
+
+
+def check_answers(path: Path, settings: dict[str, Any]) -> None:
+    """`check_settings` of an evaluation.
+
+    Raises:
+        ValueError: a setting differs, or the run is one of before all settings were written down.
+    """
+    if ANSWERED_BY not in json.loads(path.read_text(encoding="utf-8")):
+        raise ValueError(
+            f"{path} was written by an earlier version, without all settings that its predictions depend on. Give "
+            "another --output, or --overwrite to begin anew"
+        )
+    check_settings(path, settings)
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """Makes sure that a run goes on with the settings that it began with.
 
     Raises:
-        ValueError: a setting differs, and predictions under both would not belong together; or the run is one of
-            before all settings were written down.
+        ValueError: a setting differs, and what was made under both would not belong together.
     """
     before, settings = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    if before.pop("answered_by", None) is None:
-        raise ValueError(
-            f"{path} was written by an earlier version, without all settings that its predictions depend on. Give "
-            "another --output, or --overwrite to begin anew"
-        )
+    before.pop(ANSWERED_BY, None)
     changes = list(_differences(before, settings))
     if changes:
         told = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changes)
