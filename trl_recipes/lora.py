@@ -359,15 +359,26 @@ def start_run(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
 
 def train(trainer: MaskTrainer) -> Path:
     """Trains, goes on where a run was stopped, and writes adapters and the merged model. Returns the merged folder."""
+    output = train_and_draw_curve(trainer)
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(output / "adapter")
+    return save_merged(trainer.model, trainer.processor, output / "merged")
+
+
+def train_and_draw_curve(trainer: MaskTrainer, resume_from: str | None = None) -> Path:
+    """Trains, or goes on, by default from the last checkpoint; in a new output the model is evaluated before.
+
+    Returns:
+        the output folder, in which the first process has drawn the learning curve.
+    """
     output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
     if checkpoint is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
-    train_or_go_on(trainer, checkpoint)
+    train_or_go_on(trainer, resume_from or checkpoint)
     if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(output / "adapter")
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
-    return save_merged(trainer.model, trainer.processor, output / "merged")
+    return output
 
 
 def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:

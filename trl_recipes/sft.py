@@ -30,12 +30,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from .adapters import lora_config
 from .command_line import errors_in_a_line, loading, needing
-from .learning_curve import learning_curve
-from .lora import MaskTrainer, check_masks, check_model, load_data, read_metrics, report, save_merged, show_metrics
+from .lora import MaskTrainer, check_masks, check_model, load_data, report, save_merged, train_and_draw_curve
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
-from .picture_grid import save_picture
-from .resume import last_checkpoint, train_or_go_on
 
 with needing("train", __name__):
     from trl import (
@@ -153,13 +150,7 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
 def train(trainer: MaskSFTTrainer) -> Path:
     """Trains, goes on where a run was stopped, and saves: the whole model, or the adapters and, where the weights are
     not quantised, `merged/`. Returns the folder to load."""
-    output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
-    if checkpoint is None and trainer.args.eval_strategy != "no":
-        print("before training:", show_metrics(trainer.evaluate()))
-    train_or_go_on(trainer, trainer.args.resume_from_checkpoint or checkpoint)
-    if trainer.is_world_process_zero():
-        losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
+    output = train_and_draw_curve(trainer, trainer.args.resume_from_checkpoint)
     trainer.save_model(output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -284,7 +284,7 @@ def load_or_build(
     if recipe.num_scales is not None and recipe.num_scales not in range(1, scales + 1):
         raise ValueError(f"--num_scales {recipe.num_scales}: the visual tokenizer has {scales}, give 1 to {scales}")
     processor.num_scales = model.config.num_scales = recipe.num_scales
-    type(model.config).from_dict(model.config.to_dict())  # raises what would only be told when the model is loaded
+    model.config.check()  # its fields were set after it was made
     return model, processor
 
 
