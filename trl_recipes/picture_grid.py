@@ -22,7 +22,7 @@ def paste_tile(sheet: Image.Image, image: Image.Image, caption: str, left: int, 
     """Puts an image on the sheet, with at most two lines of text below it."""
     sheet.paste(image, (left, top))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    words, lines = caption.split(" "), [""]
+    words, lines = caption.split(), [""]
     for word in words:
         if draw.textlength(f"{lines[-1]} {word}", font=font) > image.width - 4:
             lines.append("")

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from trl_recipes.learning_curve import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, learning_curve
-from trl_recipes.picture_grid import CAPTION, GAP, SIDE, overlay, picture_grid, save_picture
+from trl_recipes.picture_grid import CAPTION, GAP, SIDE, overlay, paste_tile, picture_grid, save_picture
 
 GREEN = Image.new("RGB", (60, 40), (0, 200, 0))
 LEFT_HALF = np.arange(60)[None].repeat(40, 0) < 30
@@ -66,3 +66,11 @@ def test_labels_of_the_loss_differ(loss, lowest, monkeypatch):
     learning_curve([(10, loss)], [])
     labels = [text for x, text in texts if x == WIDTH - RIGHT + 6]
     assert labels[:2] == ["0", lowest] and len(set(labels)) == 6
+
+
+@pytest.mark.parametrize("caption", ["a dog\n\non grass", "\n", "", "a\tb\r\nc"])
+def test_a_caption_of_several_lines(caption):
+    sheet, flat = (Image.new("RGB", (100, 140), "white") for _ in range(2))
+    paste_tile(sheet, Image.new("RGB", (100, 100)), caption, 0, 0)
+    paste_tile(flat, Image.new("RGB", (100, 100)), " ".join(caption.split()), 0, 0)
+    assert np.array_equal(sheet, flat)
