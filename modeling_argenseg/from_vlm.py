@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
 
 from .configuration_argenseg import ARGenSegConfig
 from .var_tokenizer import VARTokenizer
@@ -31,6 +33,11 @@ def check_vlm(vlm: nn.Module) -> None:
         raise ValueError(
             f"{kind} cannot be built on: its image features need {', '.join(sorted(needed))} beside pixel_values. "
             "InternVL and LLaVA are models of the kind that is needed"
+        )
+    if "token_type_ids" in inspect.signature(vlm.forward).parameters:
+        raise ValueError(
+            f"{kind} cannot be built on: tokens of an image see those after them there (token_type_ids), and here "
+            "only those before. InternVL and LLaVA are models of the kind that is needed"
         )
     window = getattr(text_config, "sliding_window", None)
     layers = getattr(text_config, "layer_types", None) or [FULL_ATTENTION if window is None else "sliding_attention"]
@@ -84,8 +91,9 @@ class FromVLMMixin:
             **config_changes,
         )
         config.text_config.vocab_size = new_size
-        model: Any = cls(config)  # type: ignore[call-arg]
-        model = model.to(base.dtype)
+        # made in the dtype that it has at the end: a cast would round the rotary frequencies, too
+        with local_torch_dtype(base.dtype, cls.__name__), no_init_weights():
+            model: Any = cls(config)  # type: ignore[call-arg]
         model.model.quantizer.float()
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
@@ -109,6 +117,8 @@ class FromVLMMixin:
             self.lm_head.weight.copy_(_with_mean_rows(head, first, self.lm_head.out_features))
         self.tie_weights()
         # of a deeper projector the last layer alone: if all were zero, none but its bias would ever get a gradient
+        for module in self.model.generation_projector:
+            self._init_weights(module)
         for module in (self.model.generation_projector[-1], self.model.scale_embedding, self.model.position_embedding):
             for parameter in module.parameters():
                 parameter.zero_()
@@ -134,10 +144,10 @@ def _load_vlm(vlm: Any) -> tuple[PreTrainedModel, torch.Tensor | None, Generatio
 
 
 def _with_mean_rows(old: torch.Tensor, first: int, size: int) -> torch.Tensor:
-    """`old` (V, hidden) grown to `size` rows; the rows from `first` on are the mean of those before it."""
+    """`old` (V, hidden) grown to `size` rows; those from `first` on, and all new ones, are the mean of those before."""
     new = old.new_empty(size, old.shape[1])
     new[: old.shape[0]] = old[:size]
-    new[first:] = old[:first].float().mean(0).to(old.dtype)
+    new[min(first, old.shape[0]) :] = old[:first].float().mean(0).to(old.dtype)
     return new
 
 

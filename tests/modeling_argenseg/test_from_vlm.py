@@ -26,9 +26,11 @@ from tiny import (
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3TextConfig,
+    GemmaConfig,
     Idefics3Config,
     LlavaNextConfig,
     MistralConfig,
+    PaliGemmaConfig,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen3Config,
@@ -195,6 +197,35 @@ def test_bfloat16_keeps_the_quantizer_in_float32():
         assert kept.dtype == torch.float32 and torch.equal(kept, tensor), name
 
 
+@every_vlm
+def test_bfloat16_says_what_it_said(make, tmp_path):
+    plain_vlm(make()).save_pretrained(tmp_path)
+    vlm = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    net = ARGenSegForConditionalGeneration.from_vlm(vlm, tiny.visual_tokenizer()).eval()
+    ids, images = prompt_of(net)
+    ids, images = torch.cat([ids, torch.arange(3, 40)[None].repeat(1, 12)], dim=1), images.bfloat16()
+    expected = vlm(input_ids=ids, pixel_values=images).logits
+    torch.testing.assert_close(net(ids, pixel_values=images).logits[..., :VOCAB], expected)
+    buffers = dict(net.model.vlm.named_buffers())
+    assert all(buffers[name].dtype == buffer.dtype for name, buffer in vlm.base_model.named_buffers())
+
+
+def test_rows_between_the_old_vocabulary_and_the_first_new_token_are_the_mean_too():
+    vlm = plain_vlm(tiny.internvl_config())
+    embedding, head = rows_of(vlm)
+    net = ARGenSegForConditionalGeneration.from_vlm(vlm, tiny.visual_tokenizer(), first_new_token_id=VOCAB + 3)
+    for old, new in ((embedding, net.get_input_embeddings().weight), (head, net.lm_head.weight)):
+        assert torch.equal(new[:VOCAB], old)
+        torch.testing.assert_close(new[VOCAB:], old.mean(0).expand(3 + NEW, -1))
+
+
+def test_the_first_layer_of_a_deep_projector_starts_at_random():
+    changes = {"generation_projector_depth": 2}
+    net = ARGenSegForConditionalGeneration.from_vlm(tiny.internvl_config(), tiny.visual_tokenizer(), **changes)
+    first = net.model.generation_projector[0]
+    assert 0.2 < first.weight.std() < 0.4 and not first.bias.any()  # initializer_range is 0.3
+
+
 def test_the_generation_config_is_taken_over():
     vlm = plain_vlm(tiny.internvl_config())
     vlm.generation_config.update(eos_token_id=[EOS, 9], pad_token_id=5, max_new_tokens=7)
@@ -263,9 +294,15 @@ def mixed_config():
     return tiny.internvl_config(text)
 
 
+def paligemma_config():
+    text = tiny.text_config(GemmaConfig, head_dim=8)
+    return PaliGemmaConfig(vision_config=tiny.llava_config().vision_config, text_config=text, projection_dim=32)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (paligemma_config, "PaliGemmaModel cannot be built on: tokens of an image see those after them"),
         (
             llava_next_config,
             "LlavaNextModel cannot be built on: its image features need image_sizes beside pixel_values",
