@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, GotOcr2ImageProcessorPil, PreTra
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
-from .chat_template import END_IMAGE_TOKEN, IMAGE_TOKEN, MASK_TOKEN, START_IMAGE_TOKEN, make_chat_template
+from .chat_template import internvl_format, make_chat_template
 from .released_tokenizer import load_released_tokenizer
 
 MODEL_TYPE = "internvl_chat"
@@ -72,7 +72,11 @@ def released_processor_parts(folder: Path, vq_model: PreTrainedModel | None = No
         ),
         "tokenizer": tokenizer,
         "vq_model": vq_model,
-        "chat_template": released_chat_template(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]),
+        # a conversation without a system message gets InternVL's own
+        "chat_template": make_chat_template(
+            internvl_format(system=SYSTEM_MESSAGE),
+            with_bos=tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
+        ),
         "image_seq_length": int(grid) ** 2,
         "mask_resize_sizes": [MASK_SIDE] if picture_side == MASK_SIDE else [MASK_SIDE, picture_side],
         "segmentation_prompt": SEGMENTATION_PROMPT,
@@ -90,18 +94,6 @@ def load_visual_tokenizer(folder: Path) -> PreTrainedModel:
             "a released checkpoint needs the classes of the model: import modeling_argenseg first"
         ) from error
     return AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
-
-
-def released_chat_template(with_bos: bool) -> str:
-    """The InternVL 2.5 format; a conversation without a system message gets InternVL's own."""
-    template = make_chat_template(IMAGE_TOKEN, START_IMAGE_TOKEN, END_IMAGE_TOKEN, MASK_TOKEN, with_bos)
-    loop = "{%- for message in messages -%}"
-    system = f"<|im_start|>system\\n{SYSTEM_MESSAGE}<|im_end|>\\n"
-    default = (
-        f"{{%- if not messages or messages[0]['role'] != 'system' -%}}\n    {{{{- '{system}' -}}}}\n{{%- endif -%}}\n"
-    )
-    before, after = template.split(loop, 1)
-    return before + default + loop + after
 
 
 def _tokenizer_folder(folder: Path) -> Path:

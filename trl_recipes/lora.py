@@ -169,8 +169,7 @@ def check_model(name: str, model: Any, processor: Any) -> None:
     """Raises ValueError: another kind of model, or one without its visual tokenizer."""
     if not isinstance(model, modeling_argenseg.ARGenSegForConditionalGeneration):
         raise ValueError(
-            f"{name} is a {type(model).__name__}: make an ARGenSeg model of it first, by "
-            "ARGenSegForConditionalGeneration.from_vlm, and save it with its processor"
+            f"{name} is a {type(model).__name__}: make an ARGenSeg model of it first, by python -m trl_recipes.from_vlm"
         )
     if processor.visual_tokenizer is None:
         raise ValueError(f"{name} has no visual_tokenizer/ folder: masks cannot be tokenised")

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, GenerationConfig, GotOcr2ImageProcessorPil, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig, GotOcr2ImageProcessorPil, LlamaConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_argenseg import (
@@ -20,6 +20,7 @@ from .command_line import loading
 from .pretrained_vision import load_efficientnet_lite0
 from .scenes import SceneDataset
 from .text_tokenizer import VISUAL_TOKEN, train_text_tokenizer
+from .visual_tokenizers import load_visual_tokenizer
 from .word_regions import token_side
 
 IMAGE_SIDE, GRID = 256, 16  # of the vision tower: pixels unless the recipe says otherwise, and tokens in a row
@@ -31,8 +32,7 @@ def build_processor(recipe: Any, scenes: SceneDataset) -> ARGenSegProcessor:
     Raises:
         ValueError: the text tokenizer that the recipe names is for another codebook.
     """
-    with loading(recipe.visual_tokenizer):
-        visual_tokenizer = AutoModel.from_pretrained(recipe.visual_tokenizer, dtype=torch.float32)
+    visual_tokenizer = load_visual_tokenizer(recipe.visual_tokenizer)
     side = recipe.image_size or IMAGE_SIDE
     image_processor = GotOcr2ImageProcessorPil(
         size={"height": side, "width": side},
@@ -169,8 +169,7 @@ def adopt_visual_tokenizer(
         ValueError: a scale has a side that the old tokenizer had not, or the visual tokens are not the tail of the
             vocabulary.
     """
-    with loading(folder):
-        new, old = AutoModel.from_pretrained(folder, dtype=torch.float32), processor.visual_tokenizer
+    new, old = load_visual_tokenizer(folder), processor.visual_tokenizer
     assert old is not None
     if all(torch.equal(a, b) for a, b in zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)):
         return model, rebuild_processor(processor, new)

@@ -37,12 +37,13 @@ from modeling_argenseg.code_search import STRETCH, edge_logits
 
 from .clock import Clock
 from .codebook import assign, fit_codebook, follow, revive
-from .command_line import errors_in_a_line, loading
+from .command_line import errors_in_a_line
 from .help_format import Help
 from .masks import MaskPictures, compose_masks, find_photos
 from .resume import last_checkpoint, train_or_go_on
 from .searched_tokens import searched_tokens
 from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
+from .visual_tokenizers import load_visual_tokenizer
 
 LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
 ENTROPY_SHARE = 0.25
@@ -335,8 +336,7 @@ def round_to_half(model: VARTokenizer) -> None:
 def build(recipe: TokenizerArguments) -> VARTokenizer:
     """A tokenizer without normalisation or attention, so that a token depends on what is near it."""
     if recipe.start_from is not None:
-        with loading(recipe.start_from):
-            model = VARTokenizer.from_pretrained(recipe.start_from)
+        model = load_visual_tokenizer(recipe.start_from)
         if recipe.decoder_only or recipe.codes != "new":
             return model
         fresh = VARTokenizer(new_config(recipe))  # the codebook may have another size

@@ -25,7 +25,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import cached_file
 
-from .chat_template import END_IMAGE_TOKEN, IMAGE_TOKEN, START_IMAGE_TOKEN, make_chat_template
+from .chat_template import END_IMAGE_TOKEN, IMAGE_TOKEN, START_IMAGE_TOKEN, internvl_format, make_chat_template
 from .conversation_argenseg import collect_contents, segmentation_conversation
 from .image_inputs import load_image, split_rows
 from .picture_stream import PictureVocabulary
@@ -44,6 +44,14 @@ RELEASED_CHANGES = (
 UNMARKED = "(?<!\U000f0000)"
 
 
+def _special_token(tokenizer: Any, name: str, *defaults: str) -> str:
+    vocabulary = tokenizer.get_vocab()
+    for token in (getattr(tokenizer, name, None), *defaults):
+        if token is not None and token in vocabulary:
+            return token
+    raise ValueError(f"the tokenizer has no {name}; pass extra_special_tokens={{'{name}': '{defaults[0]}'}}")
+
+
 class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
     """Image processor, text tokenizer, chat template and visual tokenizer of ARGenSeg.
 
@@ -51,7 +59,8 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         image_processor: any transformers image processor that gives `pixel_values` of a fixed size. Default: squash to
             448x448 (bicubic), ImageNet mean and std.
         tokenizer: a fast tokenizer with the visual tokens `<visual token 000000>`... added, ids consecutive, and named
-            special tokens `image_token`, `start_image_token`, `end_image_token`, `gen_start_token`, `gen_end_token`.
+            special tokens `image_token`, `gen_start_token`, `gen_end_token`, and for the default chat template
+            `start_image_token`, `end_image_token`.
         vq_model: the visual tokenizer, as `AutoModel` loads it. Without it only text can be handled. (No parameter may
             be called `visual_tokenizer`: transformers takes any name with "tokenizer" for a text tokenizer.)
         chat_template: default is the InternVL 2.5 format.
@@ -100,9 +109,11 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         if chat_template is None:
             first = tokenizer("a")["input_ids"][:1]
             chat_template = make_chat_template(
-                self.image_token,
-                self.start_image_token,
-                self.end_image_token,
+                internvl_format(
+                    self.image_token,
+                    _special_token(tokenizer, "start_image_token", START_IMAGE_TOKEN),
+                    _special_token(tokenizer, "end_image_token", END_IMAGE_TOKEN),
+                ),
                 mask_marker,
                 with_bos=tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id],
             )
@@ -112,18 +123,9 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
     def _read_special_tokens(self, tokenizer) -> None:
         vocabulary = tokenizer.get_vocab()
-
-        def find(name: str, *defaults: str) -> str:
-            for token in (getattr(tokenizer, name, None), *defaults):
-                if token is not None and token in vocabulary:
-                    return token
-            raise ValueError(f"the tokenizer has no {name}; pass extra_special_tokens={{'{name}': '{defaults[0]}'}}")
-
-        self.image_token = find("image_token", IMAGE_TOKEN)
-        self.start_image_token = find("start_image_token", START_IMAGE_TOKEN)
-        self.end_image_token = find("end_image_token", END_IMAGE_TOKEN)
-        self.gen_start_token = find("gen_start_token", "<gen_start>", "<ge_start>")
-        self.gen_end_token = find("gen_end_token", "<gen_end>", "<ge_end>")
+        self.image_token = _special_token(tokenizer, "image_token", IMAGE_TOKEN)
+        self.gen_start_token = _special_token(tokenizer, "gen_start_token", "<gen_start>", "<ge_start>")
+        self.gen_end_token = _special_token(tokenizer, "gen_end_token", "<gen_end>", "<ge_end>")
         self.image_token_id = vocabulary[self.image_token]
         self.gen_start_token_id = vocabulary[self.gen_start_token]
         self.gen_end_token_id = vocabulary[self.gen_end_token]

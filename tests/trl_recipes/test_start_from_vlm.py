@@ -1,0 +1,271 @@
+"""From a plain vision-language model to a folder that trains and draws: what is kept, what is new, what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import own_masks
+import pytest
+import tiny
+import tiny_released
+import tiny_vlms
+import torch
+from jinja2 import TemplateError
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+
+from modeling_argenseg import VARTokenizer
+from processing.chat_template import internvl_format, make_chat_template
+from trl_recipes import from_vlm, sft
+from trl_recipes.chat_format import read_chat_format
+from trl_recipes.lora import read_metrics
+from trl_recipes.visual_tokenizers import load_visual_tokenizer
+
+KINDS = {"internvl": tiny_vlms.internvl, "llava": tiny_vlms.llava}
+CONFIG = Path(sft.__file__).parent / "configs" / "sft_full.yaml"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("visual_tokenizer")
+    tiny.visual_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def started(plain, pictures, tmp_path_factory) -> dict[str, Path]:
+    """Folders that the command wrote."""
+    folders = {}
+    for name, vlm in plain.items():
+        folders[name] = tmp_path_factory.mktemp("started") / name
+        from_vlm.main(command(vlm, pictures, folders[name]))
+    return folders
+
+
+def command(vlm: Path, pictures: Path, output: Path, *more: str) -> list[str]:
+    return ["--vlm", str(vlm), "--visual_tokenizer", str(pictures), "--output", str(output), *more]
+
+
+def load(folder: Path):
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@every_kind
+def test_the_tokens_of_pictures_follow_those_of_the_tokenizer(kind, plain, started):
+    model, processor = load(started[kind])
+    before = len(AutoTokenizer.from_pretrained(plain[kind]))
+    config = model.config
+    assert (config.gen_start_token_id, config.gen_end_token_id, config.visual_token_offset) == (
+        before, before + 1, before + 2,
+    )  # fmt: skip
+    assert processor.gen_start_token_id == before and processor.visual_token_offset == before + 2
+    assert (
+        processor.visual_vocab_size == tiny.CODES
+        and config.scale_attention == "block"
+        and config.visual_loss == "scale"
+    )
+    assert processor.image_token_id == config.image_token_id
+    rows = len(processor.tokenizer)
+    assert config.text_config.vocab_size == max(rows, before + tiny_vlms.SPARE_ROWS)
+    assert processor.tokenizer.model_max_length == 512  # the language model's positions, not the tokenizer's 4096
+
+
+@every_kind
+def test_images_are_squashed_not_cut(kind, plain, started):
+    _, processor = load(started[kind])
+    image = np.zeros((40, 200, 3), np.uint8)
+    image[:, :40] = image[:, -40:] = 255  # both ends of a wide image
+    inputs = processor(images=Image.fromarray(image), text=processor.image_token)
+    assert inputs["pixel_values"].shape == (1, 3, tiny.IMAGE_PIXELS, tiny.IMAGE_PIXELS)
+    row = inputs["pixel_values"][0, 0, 14]
+    assert row[0] > row[14] and row[-1] > row[14]
+    settings = json.loads((plain[kind] / "preprocessor_config.json").read_text())
+    assert list(processor.image_processor.image_mean) == settings["image_mean"]
+    assert list(processor.image_processor.image_std) == settings["image_std"]
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == (1 if kind == "internvl" else 4)
+
+
+CHATS = {
+    "internvl": (
+        "<|im_start|>user\n<img><IMG_CONTEXT></img>\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "llava": "<s>USER: <image>\nq ASSISTANT: a</s> USER: r ASSISTANT:",
+}
+
+
+@every_kind
+def test_the_chat_format_is_that_of_the_vision_language_model(kind, started):
+    _, processor = load(started[kind])
+    user, again = ([{"type": "text", "text": text}] for text in "qr")
+    conversation = [
+        {"role": "user", "content": [{"type": "image"}, *user]},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": again},
+    ]
+    assert processor.apply_chat_template(conversation, add_generation_prompt=True) == CHATS[kind]
+
+
+@every_kind
+def test_what_the_assistant_says_is_marked_with_its_end(kind, started):
+    _, processor = load(started[kind])
+    mask = np.ones((40, 60), bool)
+    conversation = processor.build_segmentation_conversation(own_masks.photograph(0), "it", mask)
+    inputs = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    spoken = inputs["input_ids"][0][torch.as_tensor(inputs["assistant_masks"])[0].bool()]
+    words = processor.tokenizer.decode([i for i in spoken if i < processor.gen_start_token_id])
+    assert words.strip() == "Sure, the segmentation result: ." + processor.tokenizer.eos_token
+    assert spoken[-1] == processor.tokenizer.eos_token_id and int((spoken >= processor.visual_token_offset).sum()) == 30
+    bos = processor.tokenizer.bos_token_id
+    assert bos is None or (inputs["input_ids"][0] == bos).sum() == 1
+
+
+@every_kind
+def test_it_says_in_words_what_it_said(kind, plain, started):
+    before = AutoModelForImageTextToText.from_pretrained(plain[kind]).eval()
+    model, processor = load(started[kind])
+    content = [{"type": "image", "image": own_masks.photograph(1)}, {"type": "text", "text": "And this?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    words = model.config.gen_start_token_id
+    torch.testing.assert_close(
+        model(**inputs).logits[..., :words], before(**inputs).logits[..., :words], atol=1e-4, rtol=1e-4
+    )
+    with torch.no_grad():
+        model.model.vlm.language_model.layers[0].self_attn.o_proj.weight.neg_()
+    with pytest.raises(ValueError, match=r"cannot be built on: asked about an image, its logits differ by \d+%"):
+        from_vlm.check_words(before, model, processor)
+
+
+@every_kind
+def test_it_learns_to_draw_by_the_recipe_of_trl(kind, started, tmp_path):
+    data = own_masks.as_jsonl(tmp_path / "own")
+    options = dict(
+        config=CONFIG, model_name_or_path=started[kind], data=data, eval_data=data, output_dir=tmp_path / "out",
+        max_steps=60, eval_steps=60, save_steps=60, warmup_steps=1, per_device_train_batch_size=6, learning_rate=1e-2,
+        use_cpu=True, disable_tqdm=True, cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    sft.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    measured = read_metrics(tmp_path / "out")
+    assert measured[0]["t_acc"] == 0 and measured[-1]["t_acc"] == 1  # fraction of things that are there and are drawn
+    pipe = pipeline("image-segmentation", model=str(tmp_path / "out"))
+    (segment,) = pipe(own_masks.photograph(0), text=own_masks.PROMPTS["square"])
+    assert segment["mask"].size == (own_masks.WIDTH, own_masks.HEIGHT)
+    assert pipe.model.generation_config.picture_answer_ids == pipe.processor.picture_answer_ids
+
+
+def changed(vlm: Path, folder: Path, file: str, **changes) -> Path:
+    shutil.copytree(vlm, folder)
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    return folder
+
+
+def refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        from_vlm.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }}", "writes a text 0 times"),
+        ("{% for m in messages %}{{ loop.index }}{{ m['content'][-1]['text'] }}{% endfor %}", "before later turns"),
+        (
+            "{% for m in messages %}{{ m['content'][-1]['text'] }}{{ loop.length }}{% endfor %}",
+            "otherwise when something",
+        ),
+        ("{{ nothing.at.all }}", "'nothing' is undefined"),
+    ],
+)
+def test_a_template_that_does_more_is_refused(template, message, plain, pictures, tmp_path):
+    vlm = changed(plain["llava"], tmp_path / "vlm", "chat_template.json", chat_template=template)
+    output = tmp_path / "out"
+    refused(command(vlm, pictures, output), f"cannot be read off its template .*{message}.*--chat_template")
+    assert not output.exists()
+
+
+def test_a_template_of_ones_own(plain, pictures, tmp_path):
+    vlm = changed(plain["llava"], tmp_path / "vlm", "chat_template.json")
+    (vlm / "chat_template.json").unlink()
+    refused(command(vlm, pictures, tmp_path / "out"), "has no chat template: give a template with --chat_template")
+    mine = tmp_path / "mine.jinja"
+    mine.write_text(make_chat_template(internvl_format("<image>", "(", ")", system="Be brief.")))
+    from_vlm.main(command(vlm, pictures, tmp_path / "out", "--chat_template", str(mine)))
+    _, processor = load(tmp_path / "out")
+    conversation = processor.build_segmentation_conversation(own_masks.photograph(0), "it")
+    text = processor.apply_chat_template(conversation)
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n(<image>)\nPlease")
+
+
+SYSTEM = "{% if messages[0]['role'] != 'system' %}S:You help. {% endif %}"
+TURNS = "{% for m in messages %}{{ {'system': 'S:', 'user': 'U:', 'assistant': 'A:'}[m['role']] }}"
+TEXTS = "{% for b in m['content'] %}{{ b['text'] if b['type'] == 'text' else '#' }}{% endfor %}"
+END = "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "image"),
+    [
+        (SYSTEM + TURNS + TEXTS + END, True, "[#]"),  # a default system message, an image where it stands
+        (TURNS + TEXTS + END, True, "[#]"),
+        ("{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + TURNS + TEXTS + END, False, "[#]"),
+        (TURNS + TEXTS.replace("'#'", "''") + END, True, "[#]\n"),  # images are not written at all
+    ],
+)
+def test_what_is_read_off_a_template_writes_the_same(template, system, image, plain):
+    tokenizer = AutoTokenizer.from_pretrained(plain["llava"])
+    chat = read_chat_format(tokenizer, template, "#", "[#]", ["</s>"])
+    assert chat.image == image and chat.end == "</s>" and ("system" in chat.before) == system
+    made = make_chat_template(chat)
+    turns = [("system", "be"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    conversation = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    for start in (0, 1) if system else (1,):
+        for end in range(start + 1, 6):
+            for prompt in {turns[end - 1][0] == "user", False}:
+                texts = [
+                    tokenizer.apply_chat_template(
+                        conversation[start:end], chat_template=one, tokenize=False, add_generation_prompt=prompt
+                    )
+                    for one in (template, made)
+                ]
+                assert texts[0] == texts[1]
+    if not system:
+        with pytest.raises(TemplateError, match="knows no turns of the role system"):
+            tokenizer.apply_chat_template(conversation, chat_template=made, tokenize=False)
+
+
+def test_what_is_not_there_or_of_another_kind_is_told(plain, pictures, tmp_path):
+    vlm, output = plain["llava"], tmp_path / "out"
+    refused(command(tmp_path / "none", pictures, output), "no model folder")
+    refused(command(vlm, tmp_path / "none", output), "no model folder")
+    refused(command(vlm, tmp_path / "none.pth", output), "no file")
+    refused(command(vlm, vlm, output), "this is a llava, and no visual tokenizer")
+    refused(command(vlm, pictures, vlm), "is not empty: choose another folder")
+    refused(command(changed(vlm, tmp_path / "a", "config.json", image_token_index=5000), pictures, output), "id 5000")
+    nameless = changed(vlm, tmp_path / "b", "tokenizer_config.json", eos_token=None)
+    refused(command(nameless, pictures, output), "no eos_token")
+
+
+def test_visual_tokenizers_are_found_in_a_model_and_in_a_pth(started, pictures, tmp_path):
+    expected = load_visual_tokenizer(str(pictures)).state_dict()
+    in_model = load_visual_tokenizer(str(started["llava"])).state_dict()
+    assert all(torch.equal(tensor, in_model[name]) for name, tensor in expected.items())
+    vae = VARTokenizer(tiny_released.visual_tokenizer_config()).state_dict()
+    torch.save(vae, tmp_path / "vae.pth")
+    in_file = load_visual_tokenizer(str(tmp_path / "vae.pth"))
+    assert all(torch.equal(tensor, in_file.state_dict()[name]) for name, tensor in vae.items())
+    assert in_file.config.num_tokens == 680
