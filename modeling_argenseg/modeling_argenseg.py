@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name import CACHE, warns_of_the_old_name
 from .configuration_argenseg import ARGenSegConfig
-from .from_vlm import FromVLMMixin, check_vlm
+from .from_vlm import FULL_ATTENTION, FromVLMMixin, check_vlm
 from .generation_argenseg import ARGenSegGenerationMixin
 from .losses_argenseg import LossMixin, cross_entropy, token_losses
 from .released_checkpoint import LoadsReleased, model_arguments
@@ -271,6 +271,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         cache = past_key_values if cache is None else cache  # the same thing, by its old and its new name
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if isinstance(attention_mask, dict):  # by kind of layer, as `generate` prepares it for a static cache
+            attention_mask = attention_mask[FULL_ATTENTION]
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, return_dict=True)

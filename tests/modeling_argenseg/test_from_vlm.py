@@ -262,6 +262,16 @@ def test_cached_drawing_equals_teacher_forcing_and_batch_equals_single(make, sca
         torch.testing.assert_close(alone.picture_token_logprobs[0][0], logprobs, atol=1e-4, rtol=1e-4)
 
 
+@every_vlm
+@pytest.mark.parametrize("scale_attention", ["causal", "block"])
+def test_a_static_cache_gives_the_same_ids(make, scale_attention):
+    """Also with language models that name the kinds of their layers: their masks come by kind."""
+    net = tiny.model(make(), scale_attention=scale_attention)
+    prompts, texts = left_padded(tiny.PROMPTS[1:3]), tiny.TEXTS[1:3]
+    plain, static = (generate(net, prompts, *texts, cache_implementation=kind).sequences for kind in (None, "static"))
+    assert torch.equal(plain, static)
+
+
 def llava_next_config():
     one = tiny.llava_config()
     return LlavaNextConfig(vision_config=one.vision_config, text_config=one.text_config, image_token_id=IMAGE)
