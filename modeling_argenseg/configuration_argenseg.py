@@ -143,6 +143,8 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
         visual_loss_weight: factor on the visual part of the loss.
         num_scales: pictures in the stream hold only the first `num_scales` scales (a coarse preview, and the first
             stage of a coarse-to-fine training); None for all K.
+        image_grid: rows and columns of the tokens of an image, for vision-language models of the Qwen-VL family, whose
+            image tokens have positions of two dimensions; None for others.
     """
 
     model_type = "argenseg"
@@ -184,6 +186,7 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
     visual_loss: str = "token"
     visual_loss_weight: float = 1.0
     num_scales: int | None = None
+    image_grid: list[int] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -202,6 +205,8 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
             raise ValueError(f"generation_projector_depth must be 1 or 2, got {self.generation_projector_depth}")
         if self.visual_loss not in ("token", "scale"):
             raise ValueError(f"visual_loss must be 'token' or 'scale', got {self.visual_loss!r}")
+        if self.image_grid is not None and not (len(self.image_grid) == 2 and min(self.image_grid) > 0):
+            raise ValueError(f"image_grid must be [rows, columns], or None; got {self.image_grid!r}")
         scales = len(self.visual_tokenizer_config.patch_nums)
         if self.num_scales is not None and self.num_scales not in range(1, scales + 1):
             raise ValueError(f"num_scales must be from 1 to {scales}, or None for all; got {self.num_scales!r}")

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from .configuration_argenseg import ARGenSegConfig
+from .image_grid import MODEL_TYPES
 from .var_tokenizer import VARTokenizer
 
 FULL_ATTENTION = "full_attention"
@@ -19,7 +20,7 @@ GIVEN = {"self", "pixel_values", "kwargs"}
 UNKNOWN_INPUTS = {"image_grid_thw", "pixel_attention_mask", "spatial_shapes"}  # optional by name, but needed
 
 
-def check_vlm(vlm: nn.Module) -> None:
+def check_vlm(vlm: nn.Module, image_grid: list[int] | None = None) -> None:
     """
     Raises:
         ValueError: a vision-language model that the stream cannot be built on.
@@ -27,17 +28,24 @@ def check_vlm(vlm: nn.Module) -> None:
     kind, text_config = type(vlm).__name__, vlm.config.get_text_config(decoder=True)
     if not hasattr(vlm, "language_model") or not hasattr(vlm, "get_image_features"):
         raise ValueError(f"{kind} cannot be built on: it has no `language_model`, or no `get_image_features`")
+    has_grid = vlm.config.model_type in MODEL_TYPES
+    if has_grid != (image_grid is not None):
+        raise ValueError(
+            f"{kind} needs image_grid=[rows, columns]: the tokens of an image, at the one size that images have here"
+            if has_grid
+            else f"image_grid is not for {kind}, but for {', '.join(MODEL_TYPES)}"
+        )
     options = inspect.signature(vlm.get_image_features).parameters
     needed = {name for name, option in options.items() if option.default is option.empty} | UNKNOWN_INPUTS & {*options}
-    if needed := needed - GIVEN:
+    if needed := needed - GIVEN - ({"image_grid_thw"} if has_grid else set()):
         raise ValueError(
             f"{kind} cannot be built on: its image features need {', '.join(sorted(needed))} beside pixel_values. "
-            "InternVL and LLaVA are models of the kind that is needed"
+            "InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
         )
     if "token_type_ids" in inspect.signature(vlm.forward).parameters:
         raise ValueError(
             f"{kind} cannot be built on: tokens of an image see those after them there (token_type_ids), and here "
-            "only those before. InternVL and LLaVA are models of the kind that is needed"
+            "only those before. InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
         )
     window = getattr(text_config, "sliding_window", None)
     layers = getattr(text_config, "layer_types", None) or [FULL_ATTENTION if window is None else "sliding_attention"]

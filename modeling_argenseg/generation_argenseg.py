@@ -206,8 +206,9 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         **model_kwargs: Any,
     ) -> ARGenSegGenerateOutput | torch.Tensor:
         self._check_options(generation_config, synced_gpus)
-        if generation_config.prefill_chunk_size is not None and bool(self.config.is_visual(input_ids).any()):
-            raise ValueError("prefill_chunk_size would cut the pictures of the prompt: leave it out")
+        cut = self.config.image_grid is not None or bool(self.config.is_visual(input_ids).any())
+        if generation_config.prefill_chunk_size is not None and cut:
+            raise ValueError("prefill_chunk_size would cut the pictures of the prompt, or the grid of an image")
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
         rows = self._rows(input_ids, generation_config, model_kwargs)
         draft = self._draft(rows, generation_config, logits_processor, criteria)
@@ -264,7 +265,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         cache = with_room(rows.model_kwargs[CACHE], self.model.language_model.config, used, used + 1)
         rows.model_kwargs |= {
             "attention_mask": rows.mask,
-            "position_ids": rows.positions(),
+            "position_ids": self.model.text_positions(rows.ids, rows.mask),
             CACHE: cache,
             "use_cache": True,
         }

@@ -94,6 +94,32 @@ def llava_config(**changes: Any) -> LlavaConfig:
     return LlavaConfig(**(fields | changes))
 
 
+GRID = [2, 3]  # rows and columns of the tokens of an image of 16 x 24 px
+
+
+def qwen_vl_config(kind: type) -> PreTrainedConfig:
+    """A configuration of the Qwen-VL family; patches of 4 px, four to an image token."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.3, pad_token_id=PAD,
+        eos_token_id=EOS, bos_token_id=None, tie_word_embeddings=False, rope_parameters=rope,
+    )  # fmt: skip
+    vision = {
+        "qwen2_vl": dict(embed_dim=16, hidden_size=32, mlp_ratio=2),
+        "qwen2_5_vl": dict(hidden_size=16, intermediate_size=24, out_hidden_size=32, window_size=16),
+        "qwen3_vl": dict(
+            hidden_size=16, intermediate_size=24, out_hidden_size=32, num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
+    }[kind.model_type]  # fmt: skip
+    vision |= dict(depth=2, num_heads=2, patch_size=4, initializer_range=0.3)
+    if kind.model_type == "qwen2_5_vl":
+        vision |= dict(fullatt_block_indexes=[1])
+    ids = dict(image_token_id=IMAGE, video_token_id=VOCAB - 1, vision_start_token_id=VOCAB - 2)
+    return kind(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+
+
 def config(vlm: PreTrainedConfig | None = None, **changes: Any) -> ARGenSegConfig:
     fields = dict(
         vlm_config=vlm or internvl_config(), visual_tokenizer_config=tokenizer_config(), gen_start_token_id=GEN_START,

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
 )
 
 SPARE_ROWS = 20  # of the embedding, beyond the tokenizer's tokens, as published models have them
@@ -20,6 +22,15 @@ INTERNVL_CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for block in message['content'] %}"
     "{% if block['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}{% else %}{{ block['text'] }}{% endif %}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# a system message of its own where there is none, image tokens in the template
+QWEN_CHAT = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% for block in message['content'] %}"
+    "{% if block['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ block['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # images before text, a space after every text, and nothing that ends an answer
 LLAVA_CHAT = (
@@ -71,6 +82,20 @@ def internvl(folder: Path) -> Path:
     file = folder / "preprocessor_config.json"
     kinds = {"image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor"}
     file.write_text(json.dumps(json.loads(file.read_text()) | kinds))
+    return folder
+
+
+def qwen3_vl(folder: Path) -> Path:
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer = byte_tokenizer(
+        special, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=QWEN_CHAT
+    )  # fmt: skip
+    config = tiny.qwen_vl_config(Qwen3VLConfig)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
+    config.text_config.update({"vocab_size": len(tokenizer) + SPARE_ROWS} | ids)
+    write(folder, config, tokenizer)
+    Qwen2VLImageProcessorPil(patch_size=4, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
     return folder
 
 

@@ -9,9 +9,9 @@ What it says in words stays as it was; that is checked on an image, and a vision
 built on is refused. It draws nothing sensible yet: the rows of its new tokens start as the mean of the old ones, what
 makes queries at zero. Training teaches it, all of it or adapters and the new parts.
 
-The processor squashes images to the side of the vision tower (no tiles, no cut-out of the middle), so that images and
-masks have the same geometry, and writes conversations in the chat format of the vision-language model. InternVL
-(`...-hf` repositories) and LLaVA 1.5 are of the kind that is needed.
+The processor squashes images to one size (no tiles, no cut-out of the middle), so that images and masks have the same
+geometry, and writes conversations in the chat format of the vision-language model. InternVL (`...-hf` repositories),
+LLaVA 1.5 and the Qwen-VL family (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) are of the kind that is needed.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg.image_grid import MODEL_TYPES, patchify
 from processing import ARGenSegProcessor
 from processing.chat_template import make_chat_template
 
@@ -45,6 +46,7 @@ from .visual_tokenizers import load_visual_tokenizer
 GIVE_ONE = "give a template with --chat_template, which writes masks as <mask> and marks answers as generation"
 LARGEST_DIFFERENCE = 0.02  # of logits, as a share of their norm; rounding in bf16 is below that
 MAX_NEW_TOKENS = 256  # of text
+TOKENS_A_SIDE = 16
 QUESTION = "What is in this image?"
 
 
@@ -53,6 +55,7 @@ def start_from_vlm(
     visual_tokenizer: str,
     chat_template: str | None = None,
     dtype: str = "auto",
+    image_size: int | None = None,
     **config_changes: Any,
 ) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
     """Model and processor, ready to be trained.
@@ -63,6 +66,8 @@ def start_from_vlm(
         chat_template: Jinja that writes masks as `<mask>` and marks answers as generation; default: the chat format of
             the vision-language model, as `read_chat_format` finds it.
         dtype: of the weights, such as "bfloat16"; "auto": as they are stored.
+        image_size: side of images in pixels, for the Qwen-VL family, whose vision tower takes any; default: that of
+            16 x 16 tokens.
         config_changes: fields of `ARGenSegConfig`, such as `scale_attention="block"`.
 
     Raises:
@@ -75,11 +80,10 @@ def start_from_vlm(
         images = AutoImageProcessor.from_pretrained(vlm)
         tokenizer = load_tokenizer(vlm, plain.config, pictures.config.vocab_size)
     first = tokenizer.convert_tokens_to_ids(tokenizer.gen_start_token)
-    model = ARGenSegForConditionalGeneration.from_vlm(plain, pictures, first, **config_changes).eval()
-    side = model.config.vlm_config.to_dict().get("vision_config", {}).get("image_size")
-    if side is None:
-        raise ValueError(f"{vlm} cannot be built on: its configuration has no vision_config with an image_size")
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    (height, width), image_grid = image_geometry(plain.config, image_size)
+    model = ARGenSegForConditionalGeneration.from_vlm(
+        plain, pictures, first, image_grid=image_grid, **config_changes
+    ).eval()
     processor = ARGenSegProcessor(
         GotOcr2ImageProcessorPil(
             size={"height": height, "width": width}, image_mean=images.image_mean, image_std=images.image_std
@@ -116,6 +120,30 @@ def load_tokenizer(vlm: str, config: Any, num_codes: int) -> Any:
     context = config.get_text_config(decoder=True).max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     return tokenizer
+
+
+def image_geometry(config: Any, image_size: int | None = None) -> tuple[tuple[int, int], list[int] | None]:
+    """Height and width of images in pixels and, for the Qwen-VL family, rows and columns of their tokens.
+
+    Raises:
+        ValueError: the vision tower has no size of its own, or one other than asked for, or cannot be given that size.
+    """
+    vision = config.to_dict().get("vision_config", {})
+    if config.model_type in MODEL_TYPES:
+        token = vision["spatial_merge_size"] * vision["patch_size"]
+        side = TOKENS_A_SIDE * token if image_size is None else image_size
+        if side % token or side < token:
+            raise ValueError(
+                f"--image_size {side}: one image token of this model covers {token} pixels; take a multiple"
+            )
+        return (side, side), [side // token, side // token]
+    side = vision.get("image_size")
+    if side is None:
+        raise ValueError(f"{config.model_type} cannot be built on: its vision_config has no image_size")
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    if image_size is not None and (height, width) != (image_size, image_size):
+        raise ValueError(f"--image_size {image_size}: the vision tower of this model is made for {height} x {width}")
+    return (height, width), None
 
 
 def own_chat_template(vlm: str, tokenizer: Any) -> str:
@@ -164,15 +192,24 @@ def check_words(plain: PreTrainedModel, model: ARGenSegForConditionalGeneration,
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    own = own_inputs(plain, model, inputs)
     words = model.config.gen_start_token_id
-    before, after = (net(**inputs).logits[0, -1, :words].float() for net in (plain, model))
+    before, after = (net(**given).logits[0, -1, :words].float() for net, given in ((plain, own), (model, inputs)))
     difference = float((after - before).norm() / before.norm())
     if not difference < LARGEST_DIFFERENCE:
         raise ValueError(
             f"{type(plain).__name__} cannot be built on: asked about an image, its logits differ by {difference:.0%} "
-            "from what they were (images may attend otherwise than words there). InternVL and LLaVA are models of the "
-            "kind that is needed"
+            "from what they were. InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
         )
+
+
+def own_inputs(plain: PreTrainedModel, model: ARGenSegForConditionalGeneration, inputs: Any) -> dict[str, torch.Tensor]:
+    """Inputs of the model as the vision-language model takes them."""
+    if model.config.image_grid is None:
+        return dict(inputs)
+    patches, grid = patchify(inputs["pixel_values"], plain.config.vision_config, model.config.image_grid)
+    types = (inputs["input_ids"] == model.config.image_token_id).int()
+    return {**inputs, "pixel_values": patches, "image_grid_thw": grid, "mm_token_type_ids": types}
 
 
 def example(processor: ARGenSegProcessor) -> str:
@@ -222,6 +259,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="mean over the tokens of each scale, then over scales (the default), or over all tokens (as released)",
     )
     parser.add_argument(
+        "--image_size",
+        type=int,
+        help="side of images in pixels, for the Qwen-VL family; default: 16 x 16 tokens (448, or 512 for Qwen3-VL). "
+        "The vision towers of others have a size of their own",
+    )
+    parser.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
@@ -242,7 +285,9 @@ def main(arguments: list[str] | None = None) -> None:
         if output.is_dir() and any(output.iterdir()):
             raise ValueError(f"--output {output} is not empty: choose another folder")
         changes = {name: getattr(args, name) for name in ("scale_attention", "visual_loss")}
-        model, processor = start_from_vlm(args.vlm, args.visual_tokenizer, args.chat_template, args.dtype, **changes)
+        model, processor = start_from_vlm(
+            args.vlm, args.visual_tokenizer, args.chat_template, args.dtype, args.image_size, **changes
+        )
         model.save_pretrained(output)
         processor.save_pretrained(output)
     print(f"{output}: {model.num_parameters() / 1e6:,.0f} M parameters. A request, as the model reads it:\n")

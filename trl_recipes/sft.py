@@ -105,7 +105,7 @@ def freeze(model: Any, train_vision_tower: bool) -> None:
     if getattr(model, "is_quantized", False):
         raise ValueError("quantised weights cannot train whole: add --use_peft")
     if not train_vision_tower:
-        model.model.vlm.vision_tower.requires_grad_(False)
+        model.model.vlm.get_encoder("image").requires_grad_(False)
 
 
 def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConfig) -> MaskSFTTrainer:

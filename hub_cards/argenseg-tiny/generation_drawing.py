@@ -87,11 +87,12 @@ class DrawingMixin:
         cache = with_room(rows.model_kwargs[CACHE], text_config, used, used + embeds.shape[1])
         rows.model_kwargs[CACHE] = cache
         rows.extend_mask(rows.waiting, embeds.shape[1])
+        positions = self.model.text_positions(rows.ids, rows.mask)
         inputs = {
             "inputs_embeds": embeds,
             "attention_mask": rows.mask,
             # to a graph strides are shapes
-            "position_ids": rows.positions()[:, -embeds.shape[1] :].clone(memory_format=torch.contiguous_format),
+            "position_ids": positions[:, -embeds.shape[1] :].clone(memory_format=torch.contiguous_format),
             CACHE: cache,
             "use_cache": True,
         }

@@ -126,7 +126,7 @@ class PrefillMixin:
         rows.append(draft_ids, ~starts)
         columns = torch.cat([columns, draft_ids], dim=1)
         model_kwargs["attention_mask"] = rows.mask
-        model_kwargs["position_ids"] = rows.positions()
+        model_kwargs["position_ids"] = self.model.text_positions(columns, rows.mask)
         model_kwargs["logits_to_keep"] = 1 + count
         outputs = self._prefill(columns, generation_config, model_kwargs)
         model_kwargs["logits_to_keep"] = 1

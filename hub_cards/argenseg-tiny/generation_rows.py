@@ -73,9 +73,6 @@ class Rows:
         self.ids = torch.cat([self.ids[:, :-count], self.ids[:, -count:].masked_fill(~kept, self.pad_id)], dim=1)
         self.mask = torch.cat([self.mask[:, :-count], self.mask[:, -count:] * kept], dim=1)
 
-    def positions(self) -> torch.Tensor:
-        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
-
     def settle(self, cache: Any) -> Any:
         """The cache with the columns of `answers`, as far as all rows have read theirs.
 

@@ -24,6 +24,7 @@ from .cache_name import CACHE, warns_of_the_old_name
 from .configuration_argenseg import ARGenSegConfig
 from .from_vlm import FULL_ATTENTION, FromVLMMixin, check_vlm
 from .generation_argenseg import ARGenSegGenerationMixin
+from .image_grid import ImageGridMixin, deep_features, patchify, plain_positions
 from .losses_argenseg import LossMixin, cross_entropy, token_losses
 from .released_checkpoint import LoadsReleased, model_arguments
 from .var_quantizer import MultiScaleQuantizer
@@ -88,7 +89,7 @@ class ARGenSegPreTrainedModel(PreTrainedModel):
             init.zeros_(module.ema_vocab_hit_SV)
 
 
-class ARGenSegModel(ARGenSegPreTrainedModel):
+class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
     """The vision-language model, the frozen quantizer and the parts that turn drawn scales into queries."""
 
     def __init__(self, config: ARGenSegConfig) -> None:
@@ -97,7 +98,7 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         width = config.text_config.hidden_size
         pictures = config.visual_tokenizer_config
         self.vlm = AutoModel.from_config(config.vlm_config)
-        check_vlm(self.vlm)
+        check_vlm(self.vlm, config.image_grid)
         self.generation_projector = GenerationProjector(config)
         self.scale_embedding = nn.Embedding(len(pictures.patch_nums), width)
         self.position_embedding = nn.Embedding(pictures.num_tokens, width)
@@ -125,6 +126,9 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
         """Projected image features of the vision-language model, under `pooler_output`."""
+        if self.config.image_grid is not None:
+            pixel_values, grid = patchify(pixel_values, self.config.vlm_config.vision_config, self.config.image_grid)
+            return self.vlm.get_image_features(pixel_values, image_grid_thw=grid, **kwargs)
         return self.vlm.get_image_features(pixel_values, **kwargs)
 
     def find_pictures(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,24 +187,27 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         inside = columns[:, None] + torch.arange(1, config.picture_length, device=columns.device)
         return embeds.index_put((rows[:, None], inside), queries.to(embeds.dtype))
 
+    def image_places(self, embeds: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """Where the placeholders of images stand (B, L). Without ids they are known by their embedding."""
+        placeholder = self.config.image_token_id
+        if input_ids is not None:
+            return input_ids == placeholder
+        looks = self.get_input_embeddings()(torch.tensor(placeholder, device=embeds.device))
+        return (embeds == looks).all(-1)
+
     def insert_image_features(
         self, embeds: torch.Tensor, input_ids: torch.Tensor | None, features: torch.Tensor | list[torch.Tensor]
     ) -> torch.Tensor:
-        """Image features in place of the placeholders, in order. Without ids these are known by their embedding.
+        """Image features in place of the placeholders, in order.
 
         Raises:
             ValueError: placeholders and features do not match in number.
         """
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
-        placeholder = self.config.image_token_id
-        if input_ids is None:
-            looks = self.get_input_embeddings()(torch.tensor(placeholder, device=embeds.device))
-            places = (embeds == looks).all(-1)
-        else:
-            places = input_ids == placeholder
+        places = self.image_places(embeds, input_ids)
         if int(places.sum()) != features.shape[0]:
             raise ValueError(
-                f"the prompt has {int(places.sum())} image placeholders (id {placeholder}), the images "
+                f"the prompt has {int(places.sum())} image placeholders (id {self.config.image_token_id}), the images "
                 f"give {features.shape[0]} features: put one image in the prompt for each image passed"
             )
         return embeds.masked_scatter(places[..., None], features.to(embeds.device, embeds.dtype))
@@ -245,7 +252,8 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
             inputs_embeds,
             attention_mask,
             cache,
-            position_ids=position_ids,  # tell packed streams apart
+            # tell packed streams apart; those of an image grid, which are three for each token, would mislead
+            position_ids=None if self.config.image_grid else position_ids,
             block_sequence_ids=blocks,
         )
 
@@ -276,18 +284,19 @@ class ARGenSegModel(ARGenSegPreTrainedModel):
         image = (mm_encoder_outputs or {}).get("image")
         if image is None and pixel_values is not None:
             image = self.get_image_features(pixel_values, return_dict=True)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_stream(input_ids)
-            if image is not None:
-                inputs_embeds = self.insert_image_features(inputs_embeds, input_ids, image.pooler_output)
-            attention_mask = self.attention_mask_of(input_ids, inputs_embeds, attention_mask, cache, position_ids)
-        elif image is not None:
-            inputs_embeds = self.insert_image_features(inputs_embeds, None, image.pooler_output)
+        embeds = self.embed_stream(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.image_grid is not None:
+            places = None if input_ids is None and image is None else self.image_places(embeds, input_ids)
+            position_ids = self.rotary_positions(places, attention_mask, cache, position_ids)
+            kwargs |= {} if image is None else deep_features(image, places)
+        elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = plain_positions(attention_mask)[:, -embeds.shape[1] :]
+        if image is not None:
+            embeds = self.insert_image_features(embeds, input_ids, image.pooler_output)
+        if input_ids is not None:
+            attention_mask = self.attention_mask_of(input_ids, embeds, attention_mask, cache, position_ids)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE: cache},

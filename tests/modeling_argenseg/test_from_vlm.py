@@ -27,12 +27,12 @@ from transformers import (
     AutoModelForImageTextToText,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4vConfig,
     Idefics3Config,
     LlavaNextConfig,
     MistralConfig,
     PaliGemmaConfig,
     Qwen2Config,
-    Qwen2VLConfig,
     Qwen3Config,
 )
 
@@ -283,16 +283,10 @@ def idefics_config():
     return Idefics3Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
 
 
-def qwen2_vl_config():
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    text |= {
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }
-    return Qwen2VLConfig(
-        text_config=text, vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2}
-    )
+def glm4v_config():
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "out_hidden_size": 32, "num_heads": 2}
+    text = tiny.text_config().to_dict() | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    return Glm4vConfig(text_config=text | {"model_type": "glm4v_text"}, vision_config=vision)
 
 
 def mistral_config():
@@ -317,7 +311,7 @@ def paligemma_config():
             llava_next_config,
             "LlavaNextModel cannot be built on: its image features need image_sizes beside pixel_values",
         ),
-        (qwen2_vl_config, "Qwen2VLModel cannot be built on: its image features need image_grid_thw"),
+        (glm4v_config, "Glm4vModel cannot be built on: its image features need image_grid_thw"),
         (idefics_config, "Idefics3Model cannot be built on"),
         (mistral_config, "layers of sliding_attention.*set sliding_window=None"),
         (mixed_config, "layers of sliding_attention.*set sliding_window=None"),

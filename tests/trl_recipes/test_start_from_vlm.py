@@ -13,7 +13,7 @@ import tiny_vlms
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Qwen3VLConfig, pipeline
 
 from modeling_argenseg import VARTokenizer
 from processing.chat_template import internvl_format, make_chat_template
@@ -22,7 +22,9 @@ from trl_recipes.chat_format import read_chat_format
 from trl_recipes.lora import read_metrics
 from trl_recipes.visual_tokenizers import load_visual_tokenizer
 
-KINDS = {"internvl": tiny_vlms.internvl, "llava": tiny_vlms.llava}
+KINDS = {"internvl": tiny_vlms.internvl, "llava": tiny_vlms.llava, "qwen3_vl": tiny_vlms.qwen3_vl}
+SIDES = {"internvl": 28, "llava": 28, "qwen3_vl": 16}
+IMAGE_TOKENS = {"internvl": 1, "llava": 4, "qwen3_vl": 4}
 CONFIG = Path(sft.__file__).parent / "configs" / "sft_full.yaml"
 
 
@@ -44,7 +46,8 @@ def started(plain, pictures, tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for name, vlm in plain.items():
         folders[name] = tmp_path_factory.mktemp("started") / name
-        from_vlm.main(command(vlm, pictures, folders[name]))
+        size = ("--image_size", "16") if name == "qwen3_vl" else ()
+        from_vlm.main(command(vlm, pictures, folders[name], *size))
     return folders
 
 
@@ -87,18 +90,23 @@ def test_images_are_squashed_not_cut(kind, plain, started):
     image = np.zeros((40, 200, 3), np.uint8)
     image[:, :40] = image[:, -40:] = 255  # both ends of a wide image
     inputs = processor(images=Image.fromarray(image), text=processor.image_token)
-    assert inputs["pixel_values"].shape == (1, 3, tiny.IMAGE_PIXELS, tiny.IMAGE_PIXELS)
-    row = inputs["pixel_values"][0, 0, 14]
-    assert row[0] > row[14] and row[-1] > row[14]
+    assert inputs["pixel_values"].shape == (1, 3, SIDES[kind], SIDES[kind])
+    row = inputs["pixel_values"][0, 0, 8]
+    assert row[0] > row[SIDES[kind] // 2] and row[-1] > row[SIDES[kind] // 2]
     settings = json.loads((plain[kind] / "preprocessor_config.json").read_text())
     assert list(processor.image_processor.image_mean) == settings["image_mean"]
     assert list(processor.image_processor.image_std) == settings["image_std"]
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == (1 if kind == "internvl" else 4)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == IMAGE_TOKENS[kind]
 
 
 CHATS = {
     "internvl": (
         "<|im_start|>user\n<img><IMG_CONTEXT></img>\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+        "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "qwen3_vl": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>q<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
     ),
     "llava": "<s>USER: <image>\nq ASSISTANT: a</s> USER: r ASSISTANT:",
@@ -142,8 +150,9 @@ def test_it_says_in_words_what_it_said(kind, plain, started):
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
     words = model.config.gen_start_token_id
+    own = from_vlm.own_inputs(before, model, inputs)
     torch.testing.assert_close(
-        model(**inputs).logits[..., :words], before(**inputs).logits[..., :words], atol=1e-4, rtol=1e-4
+        model(**inputs).logits[..., :words], before(**own).logits[..., :words], atol=1e-4, rtol=1e-4
     )
     with torch.no_grad():
         model.model.vlm.language_model.layers[0].self_attn.o_proj.weight.neg_()
@@ -255,6 +264,9 @@ def test_what_is_not_there_or_of_another_kind_is_told(plain, pictures, tmp_path)
     refused(command(vlm, tmp_path / "none.pth", output), "no file")
     refused(command(vlm, vlm, output), "this is a llava, and no visual tokenizer")
     refused(command(vlm, pictures, vlm), "is not empty: choose another folder")
+    refused(command(vlm, pictures, output, "--image_size", "56"), "--image_size 56: the vision tower .* for 28 x 28")
+    refused(command(plain["qwen3_vl"], pictures, output, "--image_size", "20"), "covers 8 pixels; take a multiple")
+    assert from_vlm.image_geometry(tiny.qwen_vl_config(Qwen3VLConfig)) == ((128, 128), [16, 16])
     refused(command(changed(vlm, tmp_path / "a", "config.json", image_token_index=5000), pictures, output), "id 5000")
     nameless = changed(vlm, tmp_path / "b", "tokenizer_config.json", eos_token=None)
     refused(command(nameless, pictures, output), "no eos_token")
