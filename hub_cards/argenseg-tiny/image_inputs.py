@@ -2,11 +2,15 @@
 
 What is kept and what is not: EXIF rotation is applied; transparent pixels are laid over white, as viewers and browsers
 show cut-outs; 16-bit values are scaled to 8 bits, not clipped; of an animation the first frame is taken.
+
+Values of fewer bits in 16-bit samples, as many cameras write them, cannot be told from a dark image: they are taken as
+they are, with a warning. (PNG's sBIT chunk says nothing about it: by the standard such values fill all 16 bits.)
 """
 
 import base64
 import binascii
 import os
+import warnings
 from io import BytesIO
 from typing import Any
 from urllib.request import Request, urlopen
@@ -14,8 +18,10 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 TIMEOUT_S = 30
+FEWER_BITS = (8, 10, 12, 14)  # that values in 16-bit samples may have
 
 
 def describe(source: Any) -> str:
@@ -61,28 +67,34 @@ def load_image(source: Any) -> Image.Image:
         source: `PIL.Image`, path, URL, base64 string, or an array or tensor of shape (H, W), (H, W, C) or (C, H, W)
             with C in 1, 3, 4. Arrays hold 0..255 (uint8), 0..65535 (uint16), 0..1 (floats) or booleans.
 
+    Warns:
+        UserWarning: the 16-bit values of a grey image or an array are so low that they may have fewer bits.
+
     Raises:
         ValueError: broken, empty or ambiguous input.
         TypeError: something that is no image at all.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _pil_to_rgb(open_image(source))
+        return _pil_to_rgb(open_image(source), describe(source))
     if isinstance(source, Image.Image):
-        return _pil_to_rgb(source)
+        return _pil_to_rgb(source, describe(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _array_to_rgb(source)
+        return _array_to_rgb(source, describe(source))
     raise TypeError(f"an image must be a PIL image, path, URL, array or tensor, not {type(source).__name__}")
 
 
-def _pil_to_rgb(image: Image.Image) -> Image.Image:
+def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"the image is empty: {image.width}x{image.height} pixels")
+    has_12_bits = isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE) == (12,)
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError) as error:  # a lazily opened file that turns out to be broken
         raise ValueError(f"cannot read the image {getattr(image, 'filename', '')!r}: {error}") from error
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+        values = np.asarray(image)
+        values = values << 4 | values >> 8 if has_12_bits else values  # 4095 becomes 65535
+        return Image.fromarray(_to_uint8(values, name)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -97,7 +109,7 @@ def to_numpy(array: np.ndarray | torch.Tensor) -> np.ndarray:
     return (array.float() if array.is_floating_point() else array).numpy()
 
 
-def _array_to_rgb(source: np.ndarray | torch.Tensor) -> Image.Image:
+def _array_to_rgb(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     prefer_first = isinstance(source, torch.Tensor)
     array = to_numpy(source)
     if 0 in array.shape or array.ndim not in (2, 3):
@@ -109,10 +121,10 @@ def _array_to_rgb(source: np.ndarray | torch.Tensor) -> Image.Image:
         if first and (prefer_first or not last):
             array = np.moveaxis(array, 0, -1)
         array = array[..., 0] if array.shape[-1] == 1 else array
-    return _pil_to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array))))
+    return _pil_to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(array, name))), name)
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
+def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     """Bring pixel values to 0..255 by their kind: booleans, 8-bit, 16-bit (also in wider integers), floats in 0..1."""
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
@@ -126,7 +138,21 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if low < 0 or high > 65535:
         raise ValueError(f"an integer image must hold 8- or 16-bit values; got [{low}, {high}]")
     is_16_bit = (array.dtype.kind == "u" and array.dtype.itemsize == 2) or high > 255
-    return np.rint(array / 257).astype(np.uint8) if is_16_bit else array.astype(np.uint8)
+    if not is_16_bit:
+        return array.astype(np.uint8)
+    _warn_of_fewer_bits(int(high), name)
+    return np.rint(array / 257).astype(np.uint8)
+
+
+def _warn_of_fewer_bits(high: int, name: str) -> None:
+    """Nothing says how many bits the values have: a guess would make dark images bright."""
+    bits = next((bits for bits in FEWER_BITS if high < 2**bits), None)
+    if bits is not None and high:
+        warnings.warn(
+            f"the largest of the 16-bit values of {name} is {high}: it comes out dark, {round(high / 257)} of 255 at "
+            f"the most. If its values have {bits} bits, multiply them by {2 ** (16 - bits)} first",
+            stacklevel=5,  # who called load_image
+        )
 
 
 def _is_stack(items: Any, kind: str) -> bool:

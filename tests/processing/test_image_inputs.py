@@ -1,6 +1,7 @@
 """Every kind of image ends as upright 8-bit RGB, and what is no image says so."""
 
 import base64
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -44,6 +45,7 @@ def png_bytes(image):
     ],
     ids=["pil", "hwc", "chw", "t-hwc", "t-chw", "float", "t-float", "int64", "uint16", "data-url", "base64"],
 )
+@pytest.mark.filterwarnings("ignore:the largest of the 16-bit values")
 def test_same_pixels_from_every_form(source):
     assert np.array_equal(pixels(source), PIXELS)
 
@@ -124,10 +126,47 @@ def test_modes(image, expected):
     assert pixels(image).tolist() == [[expected]]
 
 
-def test_16_bit_png(tmp_path):
-    dark = np.array([[0, 3 * 257]], dtype=np.uint16)
-    Image.fromarray(dark).save(tmp_path / "a.png")
-    assert pixels(tmp_path / "a.png").tolist() == [[[0] * 3, [3] * 3]]
+def test_16_bit_png(tmp_path, recwarn):
+    values = np.array([[3 * 257, 64 * 257]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").tolist() == [[[3] * 3, [64] * 3]]
+    assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("high", "message"),
+    [
+        (4095, "is 4095: it comes out dark, 16 of 255 at the most. If its values have 12 bits, multiply them by 16"),
+        (16383, "is 16383.*64 of 255.*14 bits.*by 4 first"),
+        (200, "is 200.*1 of 255.*8 bits.*by 256 first"),
+    ],
+)
+def test_16_bit_values_that_may_have_fewer_bits_stay_dark_with_a_warning(tmp_path, high, message):
+    values = np.array([[0, high]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match=rf"a\.png' .*{message}") as warned:
+        shown = pixels(tmp_path / "a.png").tolist()
+    assert shown == [[[0] * 3, [round(high / 257)] * 3]] and warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=f"given ndarray is {high}"):
+        assert pixels(values).tolist() == shown
+    with pytest.warns(UserWarning, match=f"given Image is {high}"):
+        assert pixels(Image.fromarray(values)).tolist() == shown
+
+
+def test_black_in_16_bits_is_black(recwarn):
+    assert (pixels(np.zeros((2, 2), np.uint16)) == 0).all() and not recwarn
+
+
+def test_12_bit_tiff(tmp_path, recwarn):
+    """It says how many bits its values have. Pillow reads this kind and does not write it."""
+    packed = bytes.fromhex("000fff800010")  # 0, 4095, 2048, 16
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    (tmp_path / "a.tif").write_bytes(start + packed + struct.pack("<H", len(tags)) + table + bytes(4))
+    assert pixels(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 255, 128, 1]
+    assert pixels(Image.open(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 255, 128, 1]
+    assert not recwarn
 
 
 def test_first_frame_of_an_animation(tmp_path):
