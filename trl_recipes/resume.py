@@ -1,29 +1,82 @@
 """Where a run that was killed goes on, and that one which is finished does not."""
 
+import json
 import math
+import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+
+TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest whole checkpoint in a trainer's output folder, None without one.
 
-    A run can be killed while it writes a checkpoint. `Trainer` writes `trainer_state.json` last, so a checkpoint
-    without it was cut off; the one before it is used.
+    A run can be killed while it writes a checkpoint, a disk be full, or the power fail before all is on it: of a broken
+    checkpoint the one before is used.
     """
-    states = Path(folder).glob(f"checkpoint-*/{TRAINER_STATE_NAME}")
-    steps = {int(state.parent.name.removeprefix("checkpoint-")): state.parent for state in states}
-    return str(steps[max(steps)]) if steps else None
+    return next((str(path) for path in _newest_first(folder) if flaw_of(path) is None), None)
+
+
+def _newest_first(folder: str | Path) -> list[Path]:
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
+    numbered = [path for path, step in steps.items() if step.isdecimal()]
+    return sorted(numbered, key=lambda path: int(steps[path]), reverse=True)
+
+
+def flaw_of(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint is missing or cut off, None if it is whole. Its large files are not read: what a
+    cut takes away is the end, where a zip archive (torch's files) has its table, and safetensors check their size."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_bytes())  # `Trainer` writes it last
+    except FileNotFoundError:
+        return f"without {TRAINER_STATE_NAME}"
+    except ValueError:
+        return f"{TRAINER_STATE_NAME} is cut off"
+    cut = (path.name for path in sorted(checkpoint.iterdir()) if _is_cut_off(path))
+    return next((f"{name} is cut off" for name in cut), None)
+
+
+def _is_cut_off(path: Path) -> bool:
+    if path.suffix in TORCH_FILES:
+        return not zipfile.is_zipfile(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return False
+        except SafetensorError:
+            return True
+    return False
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """Raises ValueError: what was named to go on from is no checkpoint, or a broken one."""
+    flaw = flaw_of(Path(checkpoint))
+    if flaw is not None:
+        raise ValueError(f"{checkpoint} is no whole checkpoint ({flaw}): go on from another one")
+
+
+def _tell_of_broken(output: Path, used: str | None) -> None:
+    for path in _newest_first(output):
+        if str(path) == used:
+            return
+        if (flaw := flaw_of(path)) is not None:
+            instead = "begins anew" if used is None else f"goes on from {used}"
+            print(f"{path} is broken ({flaw}) and passed over: the run {instead}")
 
 
 def train_or_go_on(trainer: Trainer, checkpoint: str | None) -> None:
     """Trains, from a checkpoint if there is one. A run that has all its steps behind it only loads what it ends with:
     `Trainer` would take one more step, each time.
 
-    Steps that are a share of the run (`--eval_steps 0.25`) are written out, as they stand in a checkpoint.
+    Steps that are a share of the run (`--eval_steps 0.25`) are written out, as they stand in a checkpoint. Broken
+    checkpoints after the one that is used are told.
     """
+    if trainer.is_world_process_zero():
+        _tell_of_broken(Path(trainer.args.output_dir), checkpoint)
     if checkpoint is None:
         trainer.train()
         return

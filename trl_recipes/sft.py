@@ -33,6 +33,7 @@ from .command_line import errors_in_a_line, loading, needing
 from .lora import MaskTrainer, check_masks, check_model, load_data, report, save_merged, train_and_draw_curve
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
+from .resume import check_checkpoint
 
 with needing("train", __name__):
     from trl import (
@@ -117,6 +118,8 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     for name in ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel"):
         if getattr(training, name):
             raise ValueError(f"--{name} does not go with rows that are tokenised before training: leave it out")
+    if training.resume_from_checkpoint is not None:
+        check_checkpoint(training.resume_from_checkpoint)
     training.remove_unused_columns = False  # the collator opens images
     training.max_length = None  # a picture cannot be cut
     output = Path(training.output_dir)

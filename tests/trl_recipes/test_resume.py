@@ -1,6 +1,7 @@
 """A run goes on where it was, and a finished one stays as it is."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,4 +58,40 @@ def test_shares_of_the_run_agree_with_the_checkpoint(tmp_path, monkeypatch):
     again = trainer(tmp_path)
     train_or_go_on(again, str(tmp_path / "checkpoint-4"))
     assert again.args.save_steps == state["save_steps"] == 4 and not warned
+    assert again.state.global_step == 7
+
+
+def cut(path: Path) -> None:
+    """Leaves half of a file, as a full disk or a power cut does."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_broken_checkpoint_is_told_and_the_one_before_is_used(tmp_path, name, capsys):
+    first = trainer(tmp_path)
+    train_or_go_on(first, None)
+    weight = first.model.weight.item()
+    cut(tmp_path / "checkpoint-7" / name)
+    again = trainer(tmp_path)
+    train_or_go_on(again, last_checkpoint(tmp_path))
+    assert f"checkpoint-7 is broken ({name} is cut off) and passed over: the run goes on from " in (
+        told := capsys.readouterr().out
+    )
+    assert "checkpoint-4\n" in told and "finished" not in told
+    assert again.state.global_step == 7 and again.model.weight.item() == pytest.approx(weight, rel=1e-6)
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-7"  # whole again
+
+
+def test_a_run_with_nothing_but_a_broken_checkpoint_begins_anew(tmp_path, capsys):
+    train_or_go_on(trainer(tmp_path), None)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-7/trainer_state.json").unlink()
+    again = trainer(tmp_path)
+    train_or_go_on(again, last_checkpoint(tmp_path))
+    told = capsys.readouterr().out
+    assert "checkpoint-7 is broken (without trainer_state.json) and passed over: the run begins anew" in told
     assert again.state.global_step == 7

@@ -181,6 +181,7 @@ def test_the_configurations_are_read_and_the_command_line_goes_before_them(name,
         ({"packing": True}, "--packing does not go with"),
         ({"padding_free": True}, "--padding_free"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere is no whole checkpoint"),
     ],
 )
 def test_bad_options_are_told_before_anything_is_trained(changes, message, toy_folder, data, tmp_path):
