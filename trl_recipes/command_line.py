@@ -12,11 +12,12 @@ OURS = ("modeling_argenseg", "processing", "trl_recipes")
 
 @contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """A `ValueError` of this project's, which says what is wrong with the input, ends the command with one line instead
-    of a traceback. Those that come from deeper keep it: they say little without."""
+    """A `ValueError` of this project's, which says what is wrong with the input, or an `ImportError` (see `needing`)
+    ends the command with one line instead of a traceback. Those that come from deeper keep it: they say little
+    without."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         if raised_by(error.__traceback__) not in OURS:
             raise
         raise SystemExit(f"error: {error}") from error

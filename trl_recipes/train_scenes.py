@@ -37,6 +37,7 @@ from .drawing_trainer import DrawingTrainer
 from .evaluation.answers import evaluate_expressions
 from .help_format import Help
 from .mask_regions import MaskRegions, shares_of_queries
+from .pretrained_vision import find_weights
 from .resume import last_checkpoint, train_or_go_on
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
@@ -265,6 +266,8 @@ def load_or_build(
     recipe: SceneArguments, scenes: SceneDataset
 ) -> tuple[ARGenSegForConditionalGeneration, ARGenSegProcessor]:
     if recipe.start_from is None:
+        if recipe.pretrained_trunk:
+            find_weights()  # whether they are there is said before thousands of scenes are read
         processor = build_processor(recipe, scenes)
         model = build_model(recipe, processor)
     else:

