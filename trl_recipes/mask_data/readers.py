@@ -30,7 +30,8 @@ class ReaderOptions:
     """How to read what a file leaves open.
 
     Attributes:
-        image_root: folder that relative image and mask paths start from; default: the file's own.
+        image_root: folder that relative image and mask paths start from; default: the file's own. Of a folder with
+            prompts: where its images and masks lie.
         prompt: what to segment where the data hold no prompts at all.
         columns: the data's names of "image", "prompt" and "mask", where they are unusual.
         coco_prompts: "categories", "captions", or "auto": captions where annotations have them.
@@ -126,15 +127,21 @@ def read_jsonl(path: Path, options: ReaderOptions) -> Source:
 def read_folder(folder: Path, options: ReaderOptions) -> Source:
     """Images, masks of the same name, and `prompts.csv` or `metadata.jsonl`; without these, one prompt for all.
 
-    Images lie in the folder or in `images/`, masks (PNG) in `masks/` or beside the image. A row may name its own mask;
-    one that is null or empty says that the thing is not there.
+    Images lie in the folder or in `images/`, masks (PNG) in `masks/` or beside the image; with `options.image_root`
+    there in its place. A row may name its own mask; one that is null or empty says that the thing is not there.
 
     Raises:
         ValueError: there are neither prompts nor `options.prompt`, or no images.
     """
     listed = next((folder / name for name in PROMPT_FILES if (folder / name).is_file()), None)
+    root = Path(options.image_root or folder)
+    if listed is None and not options.prompt:
+        raise ValueError(
+            f"{folder}: what is to be segmented? Write a prompts.csv with the columns image and prompt "
+            "(and mask, if it is not called like its image), or give one prompt for all images by --prompt"
+        )
     if listed is None:
-        rows = _rows_of_images(folder, options)
+        rows = _rows_of_images(root)
     elif listed.suffix == ".csv":
         rows = _rows_of_csv(listed)
     else:
@@ -142,14 +149,14 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
 
     def parse(where: str, row: Any) -> RawSample:
         if not isinstance(row, dict) or options.find(row, "image") is None:
-            return plain_row(row, where, folder, options)
+            return plain_row(row, where, root, options)
         name, mask = options.find(row, "image") or "", options.find(row, "mask")
-        image = find(where, name, lambda: _find(folder, row[name], "images", IMAGE_SUFFIXES))
+        image = find(where, name, lambda: _find(root, row[name], "images", IMAGE_SUFFIXES))
         if mask is not None:
-            row = row | {mask: find(where, mask, lambda: _find_mask(folder, row[mask]))}
+            row = row | {mask: find(where, mask, lambda: _find_mask(root, row[mask]))}
         elif "conversations" not in row:
-            row = row | {options.columns.get("mask", "mask"): _same_named_mask(folder, image, where)}
-        return plain_row(row | {name: image}, where, folder, options)
+            row = row | {options.columns.get("mask", "mask"): _same_named_mask(root, image, where)}
+        return plain_row(row | {name: image}, where, root, options)
 
     def find(where: str, field: str, look: Callable[[], Any]) -> Any:
         try:
@@ -160,12 +167,7 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
     return Source(_each(parse, rows), len(rows))
 
 
-def _rows_of_images(folder: Path, options: ReaderOptions) -> list[tuple[str, Any]]:
-    if not options.prompt:
-        raise ValueError(
-            f"{folder}: what is to be segmented? Write a prompts.csv with the columns image and prompt "
-            "(and mask, if it is not called like its image), or give one prompt for all images by --prompt"
-        )
+def _rows_of_images(folder: Path) -> list[tuple[str, Any]]:
     place = folder / "images" if (folder / "images").is_dir() else folder
     names = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if place == folder:  # a PNG beside a photograph of the same name is its mask

@@ -88,6 +88,21 @@ def test_folder_with_prompts_csv(tmp_path):
     assert found[0]["sample"] == f"{folder / 'prompts.csv'} line 2"
 
 
+@pytest.mark.parametrize("listed", [own_masks.as_csv_folder, own_masks.as_metadata_folder])
+def test_prompts_of_pictures_in_another_folder(tmp_path, listed):
+    folder, root = listed(tmp_path / "own"), tmp_path / "pictures"
+    expected = load(folder).remove_columns("image")
+    root.mkdir()
+    for name in ("images", "masks"):
+        (folder / name).rename(root / name)
+    found = load(folder, image_root=root)
+    for row, before in zip(found, expected, strict=True):
+        assert [row[name] for name in ("prompt", "masks")] == [before[name] for name in ("prompt", "masks")]
+        assert row["image_id"].startswith(str(root))
+    with pytest.raises(ValueError, match="prompts.csv line 2|metadata.jsonl line 1"):
+        load(folder)
+
+
 def test_folder_with_metadata_jsonl_and_masks_called_like_the_images(tmp_path):
     found = load(own_masks.as_metadata_folder(tmp_path / "own"))
     assert found["prompt"] == [own_masks.PROMPTS["disc"]] * 2
@@ -97,8 +112,10 @@ def test_folder_with_metadata_jsonl_and_masks_called_like_the_images(tmp_path):
 def test_folder_of_photographs_with_masks_beside_them_and_one_prompt(tmp_path):
     own_masks.photograph(0).save(tmp_path / "a.jpg", quality=95)
     Image.fromarray(DISC).save(tmp_path / "a.png")
-    (row,) = load(tmp_path, prompt="the ball")
-    assert row["prompt"] == "the ball" and (decoded(row) == DISC).all()
+    (tmp_path / "empty").mkdir()
+    for folder, root in ((tmp_path, None), (tmp_path / "empty", tmp_path)):
+        (row,) = load(folder, prompt="the ball", image_root=root)
+        assert row["prompt"] == "the ball" and (decoded(row) == DISC).all()
 
 
 def test_coco_categories_are_one_request_for_each_image(tmp_path):
