@@ -32,32 +32,20 @@ import modeling_argenseg  # registers the Auto classes
 from .adapters import AdapterSizes, add_adapters, lora_config
 from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingTrainer
-from .evaluation.report import check_settings, fingerprint, write_settings
 from .export import set_picture_options
 from .help_format import Help
 from .learning_curve import learning_curve
 from .mask_data import MaskCollator, has_split, load_mask_data, split_by_image, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .mask_data.mask_values import union_of
-from .mask_data.tokenising import content_hash, target_masks
+from .mask_data.tokenising import target_masks
 from .mask_evaluation import evaluate_rows
 from .metrics import SegmentationMetrics
 from .picture_grid import picture_grid, save_picture
 from .resume import last_checkpoint, train_or_go_on
+from .run_settings import run_settings, start_run
 
-SETTINGS = "run.json"
-RESULTS = (
-    SETTINGS,
-    "checkpoint-*",
-    "adapter",
-    "merged",
-    "metrics.jsonl",
-    "drawn-*.png",
-    "learning_curve.png",
-)  # of a run
-TRAINING_SETTINGS = (
-    "seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim"
-)  # fmt: skip
+RESULTS = ("adapter", "merged")  # of a run
 COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
 
 
@@ -82,9 +70,6 @@ class LoraArguments(MaskDataArguments):
     picture_logit_adjustment: float | None = field(
         default=None,
         metadata={"help": "for validation and the merged model; default: the model's own generation configuration"},
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "begin anew, and delete what an earlier run left in the output folder"}
     )
 
 
@@ -288,7 +273,8 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
         recipe.max_adapter_share,
         new_parts,
     )
-    start_run(output, run_settings(recipe, training, model, config, rows, validation), recipe.overwrite)
+    settings = run_settings(training, model, rows, validation) | lora_settings(recipe, config)
+    start_run(output, settings, recipe.model, recipe.overwrite, RESULTS)
     check_masks(rows, processor, output)
     adapted, sizes = add_adapters(model, config, recipe.max_adapter_share)
     print(f"rank {config.r}, {sizes}")
@@ -305,52 +291,16 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     return trainer, sizes
 
 
-def run_settings(
-    recipe: LoraArguments,
-    training: LoraTrainingArguments,
-    model: Any,
-    config: LoraConfig,
-    rows: Dataset,
-    validation: Dataset,
-) -> dict[str, Any]:
-    """What the result of a run depends on; it may take more steps than it began with."""
-    plain = training.to_dict()
+def lora_settings(recipe: LoraArguments, config: LoraConfig) -> dict[str, Any]:
+    """What else the result depends on than `run_settings` tells."""
     return {
-        "training_samples": len(rows),
-        "training_data": content_hash(rows),
-        "validation_samples": len(validation),
-        "validation_data": content_hash(validation),
-        "weights": fingerprint(model),
         "lora_rank": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "lora_targets": recipe.lora_targets,
         "new_parts": bool(config.modules_to_save),
         "picture_logit_adjustment": recipe.picture_logit_adjustment,
-        "batch_size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
-        **{name: plain[name] for name in TRAINING_SETTINGS},
-        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
     }
-
-
-def start_run(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Writes the settings of a new run, or makes sure that one that goes on has those that it began with.
-
-    Raises:
-        ValueError: a setting differs.
-    """
-    state = PartialState()
-    if state.is_main_process:
-        if overwrite:
-            for path in (path for pattern in RESULTS for path in output.glob(pattern)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if last_checkpoint(output) is None:
-            (output / SETTINGS).unlink(missing_ok=True)
-        elif not (output / SETTINGS).is_file():
-            print(f"{output} was begun by an earlier version: whether data and options are the same is not known")
-        write_settings(output / SETTINGS, settings)
-    state.wait_for_everyone()
-    check_settings(output / SETTINGS, settings)
 
 
 # ---------------------------------------------------------------------- training and what is left of it

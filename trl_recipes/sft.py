@@ -10,7 +10,8 @@
 
 The options are those of TRL (`SFTConfig`, `ModelConfig`), and those of `trl_recipes.lora` for the data; a YAML file
 holds any of them, and the command line goes before it. More processes: `accelerate launch --config_file ... -m
-trl_recipes.sft ...`. A run that was stopped goes on from its last checkpoint when the same command is given again.
+trl_recipes.sft ...`. A run that was stopped goes on from its last checkpoint when the same command is given again;
+`run.json` holds what it depends on, and other data or options need another output, or `--overwrite`.
 
 What this trainer changes, and why: TRL computes a cross-entropy of its own from the head's weights and never asks the
 model for its loss, so that the weights of text and of the scales of a picture would be lost. Here the loss is the
@@ -34,6 +35,7 @@ from .lora import MaskTrainer, check_masks, check_model, load_data, report, save
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import check_checkpoint
+from .run_settings import run_settings, start_run
 
 with needing("train", __name__):
     from trl import (
@@ -44,6 +46,9 @@ with needing("train", __name__):
         get_peft_config,
         get_quantization_config,
     )
+
+RESULTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "merged")  # of a run
+ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
 
 @dataclass
@@ -132,6 +137,8 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
         freeze(model, recipe.train_vision_tower)
     rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
+    settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)
+    start_run(output, settings, str(model_args.model_name_or_path), recipe.overwrite, RESULTS)
     check_masks(rows, processor, output)
     trainer = MaskSFTTrainer(
         model=model,
@@ -148,6 +155,15 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     count, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"{len(rows)} training samples, {len(validation)} for validation; {count:,} of {total:,} parameters train")
     return trainer
+
+
+def sft_settings(recipe: SFTMaskArguments, config: PeftConfig | None) -> dict[str, Any]:
+    """What else the result depends on than `run_settings` tells."""
+    if config is None:
+        return {"use_peft": False, "train_vision_tower": recipe.train_vision_tower}
+    values = {name: getattr(config, name) for name in ADAPTER_SETTINGS}
+    plain = {name: sorted(value) if isinstance(value, (set, list)) else value for name, value in values.items()}
+    return {"use_peft": True, "lora": plain}
 
 
 def train(trainer: MaskSFTTrainer) -> Path:

@@ -164,6 +164,41 @@ def test_a_finished_run_stays_as_it_is(full, toy_folder, data, tmp_path, capsys)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.01 and is now 0.001"),
+        ({"train_vision_tower": True}, "train_vision_tower was False and is now True"),
+        ({"use_peft": True}, "use_peft was False and is now True"),
+        ({"search_steps": 6}, "training_data was"),
+    ],
+)
+def test_an_output_of_other_options_is_refused(full, toy_folder, data, changes, message):
+    with pytest.raises(SystemExit, match=rf"holds a run with other settings: .*{message}.*--output, or --overwrite"):
+        sft.main(command("sft_full", toy_folder, data, full, **changes))
+
+
+def test_so_is_one_of_other_adapters_or_weights(with_adapters, full, toy_folder, data):
+    changes = dict(learning_rate=3e-2, lora_r=4, lora_target_modules="q_proj")
+    with pytest.raises(SystemExit, match=r"lora\.r was 16 and is now 4; lora\.target_modules .* now 'q_proj'"):
+        sft.main(command("sft_lora", toy_folder, data, with_adapters, **changes))
+    with pytest.raises(SystemExit, match="weights was"):
+        sft.main(command("sft_full", full, data, full))
+
+
+def test_it_may_be_overwritten_but_not_the_model_to_begin_with(full, toy_folder, data, tmp_path):
+    output = shutil.copytree(full, tmp_path / "run")
+    for model in (output, output / f"checkpoint-{STEPS}"):
+        with pytest.raises(SystemExit, match="--overwrite would delete .* of the model to begin with"):
+            sft.main(command("sft_full", model, data, output, overwrite=True))
+    (output / "mine.txt").touch()
+    changes = dict(overwrite=True, max_steps=1, eval_steps=1, save_steps=1)
+    sft.main(command("sft_lora", toy_folder, data, output, **changes))
+    assert [entry["step"] for entry in read_metrics(output)] == [0, 1] and (output / "mine.txt").is_file()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (output / "adapter_model.safetensors").is_file() and not (output / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["sft_full", "sft_lora"])
 def test_the_configurations_are_read_and_the_command_line_goes_before_them(name, tmp_path):
     path = CONFIGS / f"{name}.yaml"

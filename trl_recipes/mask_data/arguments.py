@@ -40,6 +40,9 @@ class MaskDataArguments:
         },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "of tokenised masks; default: that of datasets"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "begin anew, and delete what an earlier run left in the output folder"}
+    )
 
     def set_search_steps(self, processor: Any) -> None:
         """Makes `search_steps`, if given, the setting of the processor's visual tokenizer: it is saved with it."""
