@@ -23,7 +23,8 @@ SAVE_STEPS=${SAVE_STEPS:-200}              # a checkpoint every so many steps
 EXPRESSIONS=${EXPRESSIONS:-2000}           # test expressions to measure it on
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for all training commands
 TOKENIZER_OPTIONS=${TOKENIZER_OPTIONS:-}   # more for train_visual_tokenizer, such as "--train_masks 50000"
-SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for train_scenes, such as "--hidden_size 384"
+SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for train_scenes, all three times, such as "--warp 0.18"
+MODEL_OPTIONS=${MODEL_OPTIONS:-}           # more for the first of them, which makes the model, such as "--hidden_size 384"
 PYTHON=${PYTHON:-python}
 
 stage() { # stage NAME COMMAND...: runs the command unless it has finished before
@@ -58,7 +59,7 @@ stage model "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokeni
     --output_dir "$OUT/model" --max_steps "$MODEL_STEPS" --expressions_per_scene 5 --visual_loss_weight 0.4 \
     --schedule easy easy+medium medium+full full+medium+full+easy full+medium+full+easy full+medium+full+easy \
     --per_device_train_batch_size "$SCENES" --learning_rate 2e-3 --weight_decay 0.05 --warmup_steps 100 \
-    --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS
+    --save_steps "$SAVE_STEPS" $TRAIN_OPTIONS $SCENE_OPTIONS $MODEL_OPTIONS
 
 # shellcheck disable=SC2086
 stage listening "$PYTHON" -m trl_recipes.train_scenes --bank "$BANK" --visual_tokenizer "$OUT/visual_tokenizer" \

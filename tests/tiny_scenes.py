@@ -133,13 +133,17 @@ def scenes(bank: Path, seed: int = SEED) -> SceneDataset:
     return SceneDataset(SceneBank.from_folder(bank, "train"), SceneConfig.preset("easy"), seed, 20, 4)
 
 
+SHORT_TEXTS = dict(text_vocab_size=300, text_scenes=20)  # of a model from scratch
+
+
 def scene_arguments(bank: Path, visual_tokenizer: Path, **changes: Any) -> SceneArguments:
     """The scene recipe with one narrow layer and pictures of three scales."""
     sizes = dict(
-        hidden_size=64, num_layers=1, vision_layers=1, text_vocab_size=300, text_scenes=20, eval_expressions=2,
+        hidden_size=64, num_layers=1, vision_layers=1, eval_expressions=2,
         num_scales=3, questions_per_scene=0, image_tokens=64, freeze_trunk=True, slips=0.0,
     )  # fmt: skip
-    return SceneArguments(bank=str(bank), visual_tokenizer=str(visual_tokenizer), **(sizes | changes))
+    options = sizes | ({} if "start_from" in changes else SHORT_TEXTS) | changes
+    return SceneArguments(bank=str(bank), visual_tokenizer=str(visual_tokenizer), **options)
 
 
 def training_arguments(output: Path, **changes: Any) -> TrainingArguments:

@@ -101,7 +101,7 @@ def build_model(recipe: Any, processor: ARGenSegProcessor) -> ARGenSegForConditi
         gen_start_token_id=processor.gen_start_token_id,
         gen_end_token_id=processor.gen_end_token_id,
         visual_token_offset=processor.visual_token_offset,
-        scale_attention=recipe.scale_attention,
+        scale_attention=recipe.scale_attention or "block",
         visual_loss=recipe.visual_loss,
         visual_loss_weight=recipe.visual_loss_weight,
         tie_word_embeddings=True,

@@ -59,6 +59,7 @@ IGNORED = (  # of TrainingArguments
     "adam_beta2",
     "adam_epsilon",
 )
+FIRST = ("pretrained_trunk", "text_vocab_size", "text_tokenizer", "text_scenes")  # of a model from scratch alone
 LEAST = {
     "expressions_per_scene": 1,
     "questions_per_scene": 0,
@@ -91,8 +92,12 @@ class SceneArguments:
     eval_expressions: int = field(default=96, metadata={"help": "validation expressions drawn at every evaluation"})
     eval_preset: str = field(default="full", metadata={"help": "preset of the validation scenes"})
     overfit: int = field(default=0, metadata={"help": "train and evaluate on this many fixed expressions"})
-    scale_attention: str = field(
-        default="block", metadata={"help": "who sees whom within a scale", "choices": ["causal", "block"]}
+    scale_attention: str | None = field(
+        default=None,
+        metadata={
+            "help": "who sees whom within a scale; default: as start_from has it, or block",
+            "choices": ["causal", "block"],
+        },
     )
     visual_loss: str = field(
         default="scale",
@@ -271,14 +276,18 @@ def load_or_build(
         processor = build_processor(recipe, scenes)
         model = build_model(recipe, processor)
     else:
+        refuse_ignored(recipe, FIRST, "the model of --start_from has its text tokenizer and its trunk")
         with loading(recipe.start_from):
             processor = ARGenSegProcessor.from_pretrained(recipe.start_from)
             model = ARGenSegForConditionalGeneration.from_pretrained(recipe.start_from, dtype=torch.float32)
         model, processor = adopt_visual_tokenizer(model, processor, recipe.visual_tokenizer)
         model.config.vlm_config.vision_config.freeze_trunk = recipe.freeze_trunk
         model.model.vlm.vision_tower.trunk.requires_grad_(not recipe.freeze_trunk)
+        refuse_other_sizes(recipe, model, processor)
         if recipe.image_size is not None:
             look_closer(model, processor, recipe.image_size)
+        if recipe.scale_attention is not None:
+            model.config.scale_attention = recipe.scale_attention
         model.config.visual_loss, model.config.visual_loss_weight = recipe.visual_loss, recipe.visual_loss_weight
     if recipe.freeze_vision:
         model.model.vlm.vision_tower.requires_grad_(False)
@@ -289,6 +298,24 @@ def load_or_build(
     processor.num_scales = model.config.num_scales = recipe.num_scales
     model.config.check()  # its fields were set after it was made
     return model, processor
+
+
+def refuse_other_sizes(
+    recipe: SceneArguments, model: ARGenSegForConditionalGeneration, processor: ARGenSegProcessor
+) -> None:
+    """Raises ValueError: a size is given, and the model that is gone on from has another."""
+    text, vision = model.config.text_config, model.config.vlm_config.vision_config
+    own = {
+        "hidden_size": text.hidden_size,
+        "num_layers": text.num_hidden_layers,
+        "vision_layers": vision.num_hidden_layers,
+        "image_tokens": processor.image_seq_length,
+        "feature_strides": vision.feature_strides,
+    }
+    usual = SceneArguments(bank=recipe.bank, visual_tokenizer=recipe.visual_tokenizer)
+    for name, value in own.items():
+        if getattr(recipe, name) not in (value, getattr(usual, name)):
+            raise ValueError(f"--{name} would change nothing: the model of --start_from has {value}; leave it out")
 
 
 def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer:

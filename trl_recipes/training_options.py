@@ -20,14 +20,14 @@ def refuse_many_processes(training: TrainingArguments) -> None:
         )
 
 
-def refuse_ignored(training: TrainingArguments, names: Sequence[str], instead: str) -> None:
-    """For options of `TrainingArguments` that a trainer does not follow, because it has its own way.
+def refuse_ignored(options: Any, names: Sequence[str], instead: str) -> None:
+    """For options (fields of a dataclass) that a command does not follow, because it has its own way.
 
     Raises:
         ValueError: one of them is given, and not as it is anyway.
     """
-    usual = {one.name: one.default for one in fields(training)}
-    given = [f"--{name}" for name in names if getattr(training, name) != usual[name]]
+    usual = {one.name: one.default for one in fields(options)}
+    given = [f"--{name}" for name in names if getattr(options, name) != usual[name]]
     if given:
         raise ValueError(f"{', '.join(given)} would change nothing: {instead}; leave it out")
 

@@ -35,7 +35,8 @@ def place(tmp_path: Path) -> Path:
 
 def test_options_exist(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = {"TOKENIZER_STEPS": "30", "MODEL_STEPS": "7", "LISTENING_STEPS": "9", "WHOLE_STEPS": "8"}
-    done = run(place, TRAIN_OPTIONS="--use_cpu True --bf16 True", **steps)
+    more = {"SCENE_OPTIONS": "--warp 0.18", "MODEL_OPTIONS": "--hidden_size 384"}
+    done = run(place, TRAIN_OPTIONS="--use_cpu True --bf16 True", **more, **steps)
     assert done.returncode == 0, done.stderr
     commands = [re.fullmatch(r"-m (\S+) (.*)", line) for line in (place / "calls").read_text().splitlines()]
     assert len(commands) == 6
@@ -47,6 +48,8 @@ def test_options_exist(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--start_from outputs/tiny/model" in calls[2] and "--max_steps 9" in calls[2]
     assert "--start_from outputs/tiny/listening" in calls[3] and "--max_steps 8" in calls[3]
     assert all("--use_cpu True --bf16 True" in call for call in calls[:4])
+    assert ["--warp 0.18" in call for call in calls] == [False, True, True, True, False, False]
+    assert ["--hidden_size 384" in call for call in calls] == [False, True, False, False, False, False]
 
 
 def test_a_stopped_run_goes_on(place: Path) -> None:

@@ -164,6 +164,15 @@ def test_several_processes_or_gpus_are_refused(command, several, bank_folder, tm
         ("minutes", 0, "--minutes 0.0 is no time"),
         ("lr_scheduler_type", "cosine", "--lr_scheduler_type would change nothing: the optimizer is Muon"),
         ("optim", "sgd", "--optim would change nothing"),
+        ("hidden_size", 128, "--hidden_size would change nothing: the model of --start_from has 256"),
+        ("num_layers", 3, "--num_layers .* has 6"),
+        ("vision_layers", 3, "--vision_layers .* has 2"),
+        ("image_tokens", 64, "--image_tokens .* has 256"),
+        ("feature_strides", 16, r"--feature_strides .* has \[4, 8, 16, 32\]"),
+        ("text_vocab_size", 300, "--text_vocab_size would change nothing: .* its text tokenizer"),
+        ("text_tokenizer", "t", "--text_tokenizer would"),
+        ("text_scenes", 20, "--text_scenes would"),
+        ("pretrained_trunk", False, "--pretrained_trunk would .* its trunk"),
     ],
 )
 def test_options_that_the_scene_recipe_cannot_follow(name, value, told, bank_folder, tmp_path):

@@ -155,11 +155,12 @@ def command(bank: Path, tokenizer: Path, output: Path, **changes) -> list[str]:
     """Arguments of a run of `LAST_STEP` steps; every step is logged."""
     options = dict(
         bank=bank, visual_tokenizer=tokenizer, output_dir=output, hidden_size=64, num_layers=1, vision_layers=1,
-        text_vocab_size=300, text_scenes=20, eval_expressions=2, num_scales=3, schedule="easy", use_cpu=True,
+        eval_expressions=2, num_scales=3, schedule="easy", use_cpu=True,
         image_tokens=64, freeze_trunk=True,
         max_steps=LAST_STEP, save_steps=CHECKPOINT, logging_steps=1, per_device_train_batch_size=1,
         learning_rate=1e-3, report_to="none", disable_tqdm=True,
     )  # fmt: skip
+    options |= {} if "start_from" in changes else tiny_scenes.SHORT_TEXTS
     return [str(word) for name, value in (options | changes).items() for word in (f"--{name}", value)]
 
 
@@ -263,6 +264,13 @@ def test_the_second_stage_begins_where_the_first_ended(whole_run, bank_folder, t
     assert json.loads((tmp_path / "processor_config.json").read_text())["num_scales"] == 4
     first, second = tiny_scenes.logged(whole_run), tiny_scenes.logged(tmp_path)
     assert list(second) == [1, 2] and second[1] < first[1]  # its text is learned already
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "block"), ("causal", "causal")])
+def test_who_sees_whom_is_as_before_unless_it_is_said(whole_run, bank_folder, tokenizer_folder, given, expected):
+    options = dict(start_from=str(whole_run), scale_attention=given)
+    model, _ = load_or_build(tiny_scenes.scene_arguments(bank_folder, tokenizer_folder, **options), None)
+    assert model.config.scale_attention == expected
 
 
 def test_a_trunk_that_was_kept_learns_where_the_next_run_says_so(whole_run, bank_folder, tokenizer_folder):
