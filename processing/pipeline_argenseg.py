@@ -204,12 +204,13 @@ class ARGenSegPipeline(Pipeline):
         return picture | {"conversations": conversations} if zoom else picture
 
     def _answer(self, requests: list[tuple[dict, int]], forward_params: dict) -> None:
-        """Answers requests (image, number of its prompt) together; appends to each image's `answers`."""
+        """Answers requests (image, number of its prompt) together; appends to each image's `answers`. The options of
+        `generate` are prepared here, once."""
         self._encode([picture for picture, _ in requests])
         options = dict(forward_params)
         threshold = options.pop("mask_threshold", 0.5)
-        prepared = self._prepare_generate_kwargs(options)
-        if generate_option(self.model, prepared, "num_return_sequences") not in (None, 1):
+        options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
+        if generate_option(self.model, options, "num_return_sequences") not in (None, 1):
             raise ValueError("the pipeline gives one answer to each prompt; for several samples call model.generate")
         zoom = "conversations" in requests[0][0]
         if zoom:
@@ -226,7 +227,7 @@ class ARGenSegPipeline(Pipeline):
             labels=[picture["labels"][number] for picture, number in requests],
             threshold=threshold,
             prompt_length=inputs["input_ids"].shape[1],
-            stop_at_scale=generate_option(self.model, prepared, "picture_stop_at_scale"),
+            stop_at_scale=generate_option(self.model, options, "picture_stop_at_scale"),
         )
         if zoom:
             answers = self._zoom_in(requests, answers, threshold, options)
@@ -237,7 +238,6 @@ class ARGenSegPipeline(Pipeline):
         self, requests: list[tuple[dict, int]], answers: list[dict], threshold: float, options: dict[str, Any]
     ) -> list[dict]:
         conversations = [picture["conversations"][number] for picture, number in requests]
-        options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
         with self.device_placement(), self.get_inference_context()():
             return zoom_in(self.model, self.processor, conversations, answers, threshold, **options)
 
@@ -267,7 +267,6 @@ class ARGenSegPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
         image = model_inputs.pop("image")
-        options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
         outputs = self.model.generate(**model_inputs, **image, **options)
         return {"sequences": outputs.sequences, "picture_scores": outputs.picture_scores}
 

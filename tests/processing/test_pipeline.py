@@ -126,6 +126,16 @@ def test_prompts_of_an_image_are_answered_together(
     assert simple(found) == simple([[one for answer in answers for one in answer] for answers in alone])
 
 
+@pytest.mark.parametrize("zoom", [False, True])
+def test_options_are_prepared_once_a_batch(
+    pipe: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch, zoom: bool
+) -> None:
+    prepare, calls = pipe._prepare_generate_kwargs, []
+    monkeypatch.setattr(pipe, "_prepare_generate_kwargs", lambda *a, **kw: (calls.append(1), prepare(*a, **kw))[1])
+    pipe(photograph, text=[BALL, WHALE, SQUARE], batch_size=2, zoom=zoom, max_new_tokens=30)
+    assert len(calls) == 2
+
+
 def test_the_words_are_read_with_the_prompt(pipe: Any, photograph: Image.Image) -> None:
     passes: list[int] = []
     hook = pipe.model.model.language_model.register_forward_hook(lambda *args: passes.append(1))
