@@ -71,7 +71,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             `pixel_values` are not needed then.
         picture_prefix (`torch.LongTensor`, *optional*): codebook indices (B, t) of the first whole scales of each row's
             first picture, as `processor.encode_masks(masks)[:, :t]` makes them. The model takes them as if it had drawn
-            them, in the same passes and in its score, and goes on from a coarse picture.
+            them, also in its score, and goes on from a coarse picture. They take no passes of their own: they are read
+            with the queries of the first scale that is drawn.
         picture_guidance_scale (`float`, defaults to 0): classifier-free guidance g of pictures, as released: at
             scale s of K (0-based) the logits are (1 + t) conditional - t unconditional with t = g s / (K - 1).
             Needs `negative_input_ids` (and `negative_attention_mask`), the unconditional prompts (B, L').

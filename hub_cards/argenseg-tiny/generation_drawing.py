@@ -1,8 +1,9 @@
-"""Drawing, the half of generation that makes pictures: one pass of the language model a scale.
+"""Drawing, the half of generation that makes pictures: one pass of the language model a scale that is drawn.
 
 Shapes: B rows asked for, R rows run (2 B under guidance), V codebook entries, m tokens that the answer goes on with.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,42 +26,69 @@ class DrawingMixin:
         """Draws the pictures of all waiting rows. `<gen_start>` has been read already; its logits choose v_1.
 
         What follows the picture, `<gen_end>` and `rows.draft_after`, needs nothing of the last scale's tokens, so it is
-        read in the same pass as the last scale's queries.
+        read in the same pass as the last scale's queries. Nor do queries after given scales wait for anything: they are
+        read in one pass.
 
         Returns:
             the logits (R, 1 + m, vocabulary) of the text that follows; nothing (R, 0, vocabulary) after a preview.
         """
-        quantizer, sides = self.model.quantizer, self.config.patch_nums
+        sides = self.config.patch_nums
         count = generation_config.picture_stop_at_scale or len(sides)
-        logits, f_hat = rows.first_logits[:, None], 0.0
         drawn: list[torch.Tensor] = []
         logprobs: list[torch.Tensor] = []
         closing = self._closing(rows) if count == len(sides) else rows.first_logits.new_empty(0)
-        hidden = closing
-        for scale in range(count):
-            if scale:
-                f_hat = f_hat + quantizer.contribution(rows.for_all(drawn[-1]), scale - 1)
-                queries = self.model.embed_queries(quantizer.query_features(f_hat, scale), scale, scale)
-                if scale == len(sides) - 1 and self._reads_on_after_a_scale:
-                    hidden = self._scale_step(rows, queries, scale, generation_config, closing.to(queries.dtype))
-                else:
-                    hidden = self._scale_step(rows, queries, scale, generation_config)
-                logits = self.visual_logits(hidden[:, : queries.shape[1]]).float()
+        for scale, read in enumerate(self._read_scales(rows, drawn, count, closing, generation_config)):
+            logits, hidden = read
             tokens, chosen = self._choose_visual(logits, scale, generation_config, rows)
             drawn.append(tokens)
             logprobs.append(chosen)
             self._show(rows, drawn, count, streamer)
         if count == len(sides) and (count == 1 or not self._reads_on_after_a_scale):
-            hidden = self._scale_step(rows, closing, 0, generation_config)
+            hidden = self._scale_step(rows, [closing], 0, generation_config)
         self._take_down(rows, torch.cat(drawn, dim=1), torch.cat(logprobs, dim=1))
         if count < len(sides):
             rows.extend_mask(rows.waiting, 1)  # of v_t, which nothing was read for
             return self.lm_head(rows.first_logits.new_empty(rows.ids.shape[0], 0, self.lm_head.in_features))
         return self.lm_head(hidden[:, -closing.shape[1] :]).float()
 
+    def _read_scales(
+        self,
+        rows: Rows,
+        drawn: list[torch.Tensor],
+        count: int,
+        closing: torch.Tensor,
+        generation_config: GenerationConfig,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits (R, l, V) of the first `count` scales, one after the other, with the hidden states of the pass in
+        which they were read. Meanwhile `drawn` is filled with the tokens (B, l) of each."""
+        quantizer, starts, f_hat = self.model.quantizer, self.config.visual_tokenizer_config.scale_starts, 0.0
+        yield rows.first_logits[:, None], closing
+        for scales in self._passes(rows, count):
+            queries: list[torch.Tensor] = []
+            for scale in scales:
+                codes = rows.given[:, starts[scale - 1] : starts[scale]] if queries else drawn[-1]
+                f_hat = f_hat + quantizer.contribution(rows.for_all(codes), scale - 1)
+                queries.append(self.model.embed_queries(quantizer.query_features(f_hat, scale), scale, scale))
+            reads_on = scale == len(self.config.patch_nums) - 1 and self._reads_on_after_a_scale
+            after = [closing.to(queries[0].dtype)] if reads_on else []
+            hidden = self._scale_step(rows, queries, scale, generation_config, after)
+            lengths = [one.shape[1] for one in queries]
+            for logits in self.visual_logits(hidden[:, : sum(lengths)]).float().split(lengths, dim=1):
+                yield logits, hidden
+
+    def _passes(self, rows: Rows, count: int) -> list[range]:
+        """Which scales of the first `count` are read together: each alone, but for those that follow given ones."""
+        given, together = rows.given.shape[1], 1
+        drew = any(rows.logprobs[row] for row in rows.waiting.nonzero()[:, 0].tolist())  # what is given is of the first
+        if given and not drew and self._reads_on_after_a_scale:
+            together = self.config.visual_tokenizer_config.scale_starts.index(given)
+        together = min(together, count - 1)
+        passes = [range(1, together + 1), *(range(scale, scale + 1) for scale in range(together + 1, count))]
+        return [scales for scales in passes if scales]
+
     @property
     def _reads_on_after_a_scale(self) -> bool:
-        """Whether one pass can hold a scale's queries and the text after them. Flash attention has one mask for all."""
+        """Whether one pass can hold a scale's queries and what follows them. Flash attention has one mask for all."""
         flash = "flash" in self.model.language_model.config._attn_implementation
         return self.config.scale_attention == "causal" or not flash
 
@@ -72,17 +100,17 @@ class DrawingMixin:
     def _scale_step(
         self,
         rows: Rows,
-        embeds: torch.Tensor,
+        queries: list[torch.Tensor],
         scale: int,
         generation_config: GenerationConfig,
-        closing: torch.Tensor | None = None,
+        closing: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Hidden states (R, l, hidden) of the queries of one scale and of the text `closing` after them.
+        """Hidden states (R, l, hidden) of the queries of one scale, or of several up to `scale`, and of the text
+        `closing` after them.
 
         Only waiting rows take part.
         """
-        count = embeds.shape[1]
-        embeds = embeds if closing is None else torch.cat([embeds, closing], dim=1)
+        lengths, embeds = [one.shape[1] for one in queries], torch.cat([*queries, *closing], dim=1)
         text_config, used = self.model.language_model.config, rows.mask.shape[1]
         cache = with_room(rows.model_kwargs[CACHE], text_config, used, used + embeds.shape[1])
         rows.model_kwargs[CACHE] = cache
@@ -103,7 +131,8 @@ class DrawingMixin:
         elif not flash and (block or compiles):
             blocks = torch.full_like(rows.mask, -1)
             if block:
-                blocks[:, used : used + count] = 0
+                for number, part in enumerate(blocks[:, used : used + sum(lengths)].split(lengths, dim=1)):
+                    part.fill_(number)
             inputs["attention_mask"] = create_causal_mask(
                 text_config, embeds, rows.mask, cache, block_sequence_ids=blocks
             )

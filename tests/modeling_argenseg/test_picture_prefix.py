@@ -1,5 +1,6 @@
 """Pictures whose first scales are given (`picture_prefix`): what follows them is what teacher forcing says."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny import (
     CODES,
     DONE,
+    EOS,
     FIRST_VISUAL,
     GEN_START,
     PROMPTS,
@@ -24,6 +26,7 @@ from tiny import (
     stream,
     visual_logits,
 )
+from transformers import CompileConfig
 
 WHOLE = [sum(side * side for side in SIDES[: count + 1]) for count in range(len(SIDES))]
 
@@ -92,6 +95,72 @@ def test_with_guidance_and_several_samples() -> None:
     pictures = torch.tensor([drawn(row) for row in answers(out.sequences, 3)]) - FIRST_VISUAL
     assert torch.equal(pictures[:, : WHOLE[1]], prefix.repeat_interleave(2, dim=0))
     assert not torch.equal(pictures[0], pictures[1])
+
+
+def passes(net: Any) -> list[int]:
+    """Rows of each pass of the language model from now on."""
+    rows: list[int] = []
+    net.model.language_model.register_forward_hook(lambda *args: rows.append(len(args[-1].last_hidden_state)))
+    return rows
+
+
+RECORDED = CompileConfig(backend="cudagraphs")
+RECORDED._compile_all_devices = True
+NEGATIVE = torch.tensor([[6, 5], [7, 8], [5, 5], [6, 6]])
+
+
+@pytest.mark.parametrize("scale_attention", ["causal", "block"])
+@pytest.mark.parametrize("given", WHOLE[:-1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "compile_config": RECORDED},
+        {"picture_guidance_scale": 2.0, "negative_input_ids": NEGATIVE},
+        {"picture_do_sample": True},
+        {"picture_stop_at_scale": 2},
+        {"picture_answer_ids": [GEN_START, DONE, EOS], "picture_prefill": "always"},
+    ],
+    ids=["plain", "static", "recorded", "guidance", "sampled", "preview", "words known"],
+)
+def test_given_scales_are_read_in_one_pass_and_nothing_else_changes(
+    given: int, scale_attention: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, prompts, prefix = tiny.model(scale_attention=scale_attention), left_padded(PROMPTS), codes(4, given)
+    count, found = passes(net), []
+    for one_by_one in (False, True):
+        if one_by_one:
+            monkeypatch.setattr(net, "_passes", lambda rows, count: [range(s, s + 1) for s in range(1, count)])
+        for _ in range(2):  # recorded, and played
+            count.clear()
+            torch.manual_seed(0)
+            out = generate(net, prompts, *TEXTS, **images_of(0, 3), picture_prefix=prefix, **options)
+        found.append((out, len(count)))
+    (together, fewer), (alone, more) = found
+    assert torch.equal(together.sequences, alone.sequences)
+    torch.testing.assert_close(together.picture_token_logprobs, alone.picture_token_logprobs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.picture_scores, alone.picture_scores, rtol=1e-5, atol=1e-6)
+    assert (net._scale_graphs is not None) == ("compile_config" in options)
+    spared = WHOLE.index(given)  # passes, of the first pictures; one row draws a second
+    assert more - fewer == min(spared, options.get("picture_stop_at_scale", 4) - 2)
+
+
+def test_every_scale_is_shown_whether_given_or_drawn() -> None:
+    net, prefix = tiny.model(), codes(1, WHOLE[2])
+    words: dict[str, Any] = {"picture_answer_ids": [GEN_START, DONE, EOS], "picture_prefill": "always"}
+    shown = list(net.stream(**left_padded([PROMPTS[1]]), **words, picture_prefix=prefix, max_new_tokens=5))
+    assert [one.scale for one in shown] == [1, 2, 3, 4]
+    assert [one.codes.shape[1] for one in shown] == WHOLE and shown[2].codes[0].tolist() == prefix[0].tolist()
+
+
+def test_flash_attention_reads_blocks_one_by_one() -> None:
+    """It has one mask for a pass."""
+    for scale_attention, expected in (("causal", [[1, 2], [3]]), ("block", [[1], [2], [3]])):
+        net = tiny.model(scale_attention=scale_attention)
+        net.model.language_model.config._attn_implementation = "flash_attention_2"
+        rows: Any = SimpleNamespace(given=codes(1, WHOLE[1]), logprobs=[[]], waiting=torch.tensor([True]))
+        assert [list(scales) for scales in net._passes(rows, 4)] == expected
 
 
 @pytest.mark.parametrize(
