@@ -12,6 +12,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import trl_recipes
+
+CONFIGS = Path(trl_recipes.__file__).parent / "configs"
+STEPS = 30
 HEIGHT, WIDTH = 40, 60
 PROMPTS = {"square": "the square", "disc": "the ball, on the left"}
 ABSENT = "the whale"
@@ -138,3 +142,13 @@ def conversation_rows() -> list[dict[str, Any]]:
 
 def as_conversations(folder: Path) -> Path:
     return write_jsonl(write_pictures(folder) / "released.jsonl", conversation_rows())
+
+
+def trl_command(config: str, model: Path, data: Path, output: Path, /, **changes: Any) -> list[str]:
+    """Arguments of one of TRL's recipes that learns these requests by heart."""
+    options = dict(
+        config=CONFIGS / f"{config}.yaml", model_name_or_path=model, data=data, eval_data=data, output_dir=output,
+        max_steps=STEPS, eval_steps=STEPS, save_steps=STEPS // 2, warmup_steps=1, per_device_train_batch_size=6,
+        learning_rate=1e-2, logging_steps=1, use_cpu=True, disable_tqdm=True, cache_dir=data.parent / "cache",
+    )  # fmt: skip
+    return [str(word) for name, value in (options | changes).items() for word in (f"--{name}", value)]

@@ -9,8 +9,24 @@ from transformers import DynamicCache, Trainer
 from .mask_regions import at_queries
 
 
-class DrawingTrainer(Trainer):
-    """Subclasses say in `evaluate_drawing` what is drawn and measured.
+class DrawingEvaluation(Trainer):
+    """Evaluates by drawing; subclasses say in `evaluate_drawing` what is drawn and measured."""
+
+    def evaluate_drawing(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        found = self.evaluate_drawing()
+        metrics = {f"{metric_key_prefix}_{name}": round(value, 4) for name, value in found.items()}
+        self.model.eval()  # by which some trainers tell what is logged
+        self.log(metrics)
+        self.model.train()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class DrawingTrainer(DrawingEvaluation):
+    """The loss of models that draw.
 
     A batch may hold `image_index` (B,): which of the images in `pixel_values` each row is about; each image is then
     read once, however many rows ask about it. Without it there is one image for each row. It may also hold, under
@@ -23,9 +39,6 @@ class DrawingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parts: dict[str, float] = {}
-
-    def evaluate_drawing(self) -> dict[str, float]:
-        raise NotImplementedError
 
     def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         """A loss on image features, to be added; takes what it needs out of `inputs`. What it leaves in `image` is what
@@ -86,14 +99,6 @@ class DrawingTrainer(Trainer):
         if "loss" in logs:
             logs, self._parts = {**logs, **self._parts}, {}
         super().log(logs, *args, **kwargs)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        found = self.evaluate_drawing()
-        self.model.train()
-        metrics = {f"{metric_key_prefix}_{name}": round(value, 4) for name, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
 
 def before_labels(labels: torch.Tensor) -> torch.Tensor:

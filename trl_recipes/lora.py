@@ -31,7 +31,7 @@ import modeling_argenseg  # registers the Auto classes
 
 from .adapters import AdapterSizes, add_adapters, lora_config
 from .command_line import errors_in_a_line, loading
-from .drawing_trainer import DrawingTrainer
+from .drawing_trainer import DrawingEvaluation, DrawingTrainer
 from .export import set_picture_options
 from .help_format import Help
 from .learning_curve import learning_curve
@@ -108,8 +108,8 @@ class LoraTrainingArguments(TrainingArguments):
             ) from None
 
 
-class MaskTrainer(DrawingTrainer):
-    """Evaluates by drawing validation requests; writes the metrics and a grid of pictures to the output folder."""
+class MaskEvaluation(DrawingEvaluation):
+    """Draws validation requests; writes the metrics and a grid of pictures to the output folder."""
 
     def __init__(self, *args: Any, processor: Any, validation: Dataset, shown: int = 12, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,6 +132,10 @@ class MaskTrainer(DrawingTrainer):
         record = [entry for entry in read_metrics(output) if entry["step"] < step] + [{"step": step} | rounded]
         write_whole(output / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
         return metrics
+
+
+class MaskTrainer(MaskEvaluation, DrawingTrainer):
+    """Learns the tokens of masks, and evaluates by drawing."""
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
@@ -314,7 +318,7 @@ def train(trainer: MaskTrainer) -> Path:
     return save_merged(trainer.model, trainer.processor, output / "merged")
 
 
-def train_and_draw_curve(trainer: MaskTrainer, resume_from: str | None = None) -> Path:
+def train_and_draw_curve(trainer: MaskEvaluation, resume_from: str | None = None) -> Path:
     """Trains, or goes on, by default from the last checkpoint; in a new output the model is evaluated before.
 
     Returns:
@@ -354,7 +358,7 @@ def show_metrics(metrics: dict[str, float]) -> str:
     return ", ".join(f"{label} {values[name]:.3f}" for name, label in names.items() if name in values)
 
 
-def report(trainer: MaskTrainer, folder: Path) -> None:
+def report(trainer: MaskEvaluation, folder: Path) -> None:
     """Prints how validation went, and how to go on."""
     if not trainer.is_world_process_zero():
         return

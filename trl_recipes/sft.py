@@ -27,11 +27,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 from .adapters import lora_config
 from .command_line import errors_in_a_line, loading, needing
-from .lora import MaskTrainer, check_masks, check_model, load_data, report, save_merged, train_and_draw_curve
+from .lora import (
+    MaskEvaluation,
+    MaskTrainer,
+    check_masks,
+    check_model,
+    load_data,
+    report,
+    save_merged,
+    train_and_draw_curve,
+)
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import check_checkpoint
@@ -114,6 +123,28 @@ def freeze(model: Any, train_vision_tower: bool) -> None:
         model.model.vlm.get_encoder("image").requires_grad_(False)
 
 
+def begin(
+    recipe: SFTMaskArguments, training: TrainingArguments, model_args: ModelConfig
+) -> tuple[Any, Any, PeftConfig | None]:
+    """Makes the output folder. Returns the model, of which just what is to train does, its processor, and the adapters
+    that are still to be put on it.
+
+    Raises:
+        ValueError: with what is wrong, and how to mend it.
+    """
+    if training.resume_from_checkpoint is not None:
+        check_checkpoint(training.resume_from_checkpoint)
+    training.remove_unused_columns = False  # images are opened late
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    set_seed(training.seed)
+    model, processor = load_model(model_args)
+    recipe.set_search_steps(processor)
+    config = adapters(model, model_args)
+    if config is None:
+        freeze(model, recipe.train_vision_tower)
+    return model, processor, config
+
+
 def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConfig) -> MaskSFTTrainer:
     """Everything before the first step.
 
@@ -123,18 +154,9 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     for name in ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel"):
         if getattr(training, name):
             raise ValueError(f"--{name} does not go with rows that are tokenised before training: leave it out")
-    if training.resume_from_checkpoint is not None:
-        check_checkpoint(training.resume_from_checkpoint)
-    training.remove_unused_columns = False  # the collator opens images
     training.max_length = None  # a picture cannot be cut
+    model, processor, config = begin(recipe, training, model_args)
     output = Path(training.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    set_seed(training.seed)
-    model, processor = load_model(model_args)
-    recipe.set_search_steps(processor)
-    config = adapters(model, model_args)
-    if config is None:
-        freeze(model, recipe.train_vision_tower)
     rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)
@@ -152,9 +174,16 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
         validation=validation,
         shown=recipe.shown_samples,
     )
-    count, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
-    print(f"{len(rows)} training samples, {len(validation)} for validation; {count:,} of {total:,} parameters train")
+    tell_sizes(trainer)
     return trainer
+
+
+def tell_sizes(trainer: MaskEvaluation) -> None:
+    """Prints how many samples and parameters train."""
+    every = list(trainer.model.parameters())
+    count, total = (sum(p.numel() for p in some) for some in ([p for p in every if p.requires_grad], every))
+    samples = f"{len(trainer.train_dataset)} training samples, {len(trainer.validation)} for validation"
+    print(f"{samples}; {count:,} of {total:,} parameters train")
 
 
 def sft_settings(recipe: SFTMaskArguments, config: PeftConfig | None) -> dict[str, Any]:
@@ -166,7 +195,7 @@ def sft_settings(recipe: SFTMaskArguments, config: PeftConfig | None) -> dict[st
     return {"use_peft": True, "lora": plain}
 
 
-def train(trainer: MaskSFTTrainer) -> Path:
+def train(trainer: MaskEvaluation) -> Path:
     """Trains, goes on where a run was stopped, and saves: the whole model, or the adapters and, where the weights are
     not quantised, `merged/`. Returns the folder to load."""
     output = train_and_draw_curve(trainer, trainer.args.resume_from_checkpoint)

@@ -12,25 +12,13 @@ import tiny
 import torch
 import yaml
 from adapted import check_what_moved
+from own_masks import STEPS, trl_command
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from trl import SFTTrainer
 
 from trl_recipes import sft
 from trl_recipes.lora import read_metrics
-
-CONFIGS = Path(sft.__file__).parent / "configs"
-STEPS = 30
-
-
-def command(config: str, model: Path, data: Path, output: Path, /, **changes) -> list[str]:
-    """Arguments of a run that learns the six requests by heart."""
-    options = dict(
-        config=CONFIGS / f"{config}.yaml", model_name_or_path=model, data=data, eval_data=data, output_dir=output,
-        max_steps=STEPS, eval_steps=STEPS, save_steps=STEPS // 2, warmup_steps=1, per_device_train_batch_size=6,
-        learning_rate=1e-2, logging_steps=1, use_cpu=True, disable_tqdm=True, cache_dir=data.parent / "cache",
-    )  # fmt: skip
-    return [str(word) for name, value in (options | changes).items() for word in (f"--{name}", value)]
 
 
 def prepared(arguments: list[str]) -> sft.MaskSFTTrainer:
@@ -45,14 +33,14 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def full(toy_folder, data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("full") / "out"
-    sft.main(command("sft_full", toy_folder, data, output))
+    sft.main(trl_command("sft_full", toy_folder, data, output))
     return output
 
 
 @pytest.fixture(scope="module")
 def with_adapters(toy_folder, data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("lora") / "out"
-    sft.main(command("sft_lora", toy_folder, data, output, learning_rate=3e-2))
+    sft.main(trl_command("sft_lora", toy_folder, data, output, learning_rate=3e-2))
     return output
 
 
@@ -90,7 +78,7 @@ def test_full_training_moves_all_but_the_vision_tower_and_the_codebook(full, toy
 
 
 def test_the_vision_tower_trains_when_asked_to(toy_folder, data, tmp_path):
-    trainer = prepared(command("sft_full", toy_folder, data, tmp_path / "out", train_vision_tower=True))
+    trainer = prepared(trl_command("sft_full", toy_folder, data, tmp_path / "out", train_vision_tower=True))
     assert all(p.requires_grad for p in trainer.model.model.vlm.vision_tower.parameters())
     assert not any(p.requires_grad for p in trainer.model.model.quantizer.parameters())
 
@@ -116,14 +104,14 @@ def fresh_folder(toy_folder, tmp_path) -> Path:
 
 def test_new_token_rows_train_beside_the_adapters(fresh_folder, data, tmp_path):
     quick = {"max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
-    sft.main(command("sft_lora", fresh_folder, data, tmp_path / "out", **quick))
+    sft.main(trl_command("sft_lora", fresh_folder, data, tmp_path / "out", **quick))
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged")
     check_what_moved(AutoModelForImageTextToText.from_pretrained(fresh_folder).state_dict(), merged, new_parts=True)
 
 
 @pytest.mark.parametrize("config", ["sft_full", "sft_lora"])
 def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
-    trainer = prepared(command(config, toy_folder, data, tmp_path / "out"))
+    trainer = prepared(trl_command(config, toy_folder, data, tmp_path / "out"))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     model = AutoModelForImageTextToText.from_pretrained(toy_folder)
     assert int(model.config.is_visual(batch["labels"]).sum()) == 4 * tiny.T  # the visual tokens are in the batch
@@ -144,21 +132,21 @@ def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
 
 def test_only_the_first_of_several_processes_writes_the_learning_curve(toy_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.MaskSFTTrainer, "is_world_process_zero", lambda self: False)
-    trainer = prepared(command("sft_full", toy_folder, data, tmp_path, max_steps=1, eval_strategy="no"))
+    trainer = prepared(trl_command("sft_full", toy_folder, data, tmp_path, max_steps=1, eval_strategy="no"))
     sft.train(trainer)
     assert not (tmp_path / "learning_curve.png").exists()
 
 
 def test_a_stopped_run_goes_on(full, toy_folder, data, tmp_path):
     shutil.copytree(full / f"checkpoint-{STEPS // 2}", tmp_path / f"checkpoint-{STEPS // 2}")
-    sft.main(command("sft_full", toy_folder, data, tmp_path))
+    sft.main(trl_command("sft_full", toy_folder, data, tmp_path))
     expected, found = states(full, tmp_path)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_run_stays_as_it_is(full, toy_folder, data, tmp_path, capsys):
     shutil.copytree(full, tmp_path / "run")
-    sft.main(command("sft_full", toy_folder, data, tmp_path / "run"))
+    sft.main(trl_command("sft_full", toy_folder, data, tmp_path / "run"))
     assert f"the run is finished at step {STEPS}" in capsys.readouterr().out
     expected, found = states(full, tmp_path / "run")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -175,25 +163,25 @@ def test_a_finished_run_stays_as_it_is(full, toy_folder, data, tmp_path, capsys)
 )
 def test_an_output_of_other_options_is_refused(full, toy_folder, data, changes, message):
     with pytest.raises(SystemExit, match=rf"holds a run with other settings: .*{message}.*--output, or --overwrite"):
-        sft.main(command("sft_full", toy_folder, data, full, **changes))
+        sft.main(trl_command("sft_full", toy_folder, data, full, **changes))
 
 
 def test_so_is_one_of_other_adapters_or_weights(with_adapters, full, toy_folder, data):
     changes = dict(learning_rate=3e-2, lora_r=4, lora_target_modules="q_proj")
     with pytest.raises(SystemExit, match=r"lora\.r was 16 and is now 4; lora\.target_modules .* now 'q_proj'"):
-        sft.main(command("sft_lora", toy_folder, data, with_adapters, **changes))
+        sft.main(trl_command("sft_lora", toy_folder, data, with_adapters, **changes))
     with pytest.raises(SystemExit, match="weights was"):
-        sft.main(command("sft_full", full, data, full))
+        sft.main(trl_command("sft_full", full, data, full))
 
 
 def test_it_may_be_overwritten_but_not_the_model_to_begin_with(full, toy_folder, data, tmp_path):
     output = shutil.copytree(full, tmp_path / "run")
     for model in (output, output / f"checkpoint-{STEPS}"):
         with pytest.raises(SystemExit, match="--overwrite would delete .* of the model to begin with"):
-            sft.main(command("sft_full", model, data, output, overwrite=True))
+            sft.main(trl_command("sft_full", model, data, output, overwrite=True))
     (output / "mine.txt").touch()
     changes = dict(overwrite=True, max_steps=1, eval_steps=1, save_steps=1)
-    sft.main(command("sft_lora", toy_folder, data, output, **changes))
+    sft.main(trl_command("sft_lora", toy_folder, data, output, **changes))
     assert [entry["step"] for entry in read_metrics(output)] == [0, 1] and (output / "mine.txt").is_file()
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (output / "adapter_model.safetensors").is_file() and not (output / "model.safetensors").exists()
@@ -201,7 +189,7 @@ def test_it_may_be_overwritten_but_not_the_model_to_begin_with(full, toy_folder,
 
 @pytest.mark.parametrize("name", ["sft_full", "sft_lora"])
 def test_the_configurations_are_read_and_the_command_line_goes_before_them(name, tmp_path):
-    path = CONFIGS / f"{name}.yaml"
+    path = own_masks.CONFIGS / f"{name}.yaml"
     words = ["--config", str(path), "--data", "d", "--output_dir", str(tmp_path), "--max_steps", "7"]
     recipe, training, model_args = sft.make_parser().parse_args_and_config(words)
     written = yaml.safe_load(path.read_text())
@@ -221,7 +209,7 @@ def test_the_configurations_are_read_and_the_command_line_goes_before_them(name,
 )
 def test_bad_options_are_told_before_anything_is_trained(changes, message, toy_folder, data, tmp_path):
     with pytest.raises(SystemExit, match=message):
-        sft.main(command("sft_full", toy_folder, data, tmp_path / "out", **changes))
+        sft.main(trl_command("sft_full", toy_folder, data, tmp_path / "out", **changes))
 
 
 MISSING_TRL = """
@@ -240,7 +228,7 @@ sys.meta_path.insert(0, NotInstalled())
 )
 def test_a_missing_trl_is_told_with_the_way_to_install_it(started, kind):
     words = [sys.executable, "-c", MISSING_TRL + started]
-    done = subprocess.run(words, cwd=CONFIGS.parents[1], capture_output=True, text=True)
+    done = subprocess.run(words, cwd=own_masks.CONFIGS.parents[1], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"{kind}: No module named 'trl': pip install 'argenseg[train]'"
     assert ("Traceback" in done.stderr) == (kind == "ImportError")  # the command says it in a line

@@ -25,7 +25,6 @@ from trl_recipes.visual_tokenizers import load_visual_tokenizer
 KINDS = {"internvl": tiny_vlms.internvl, "llava": tiny_vlms.llava, "qwen3_vl": tiny_vlms.qwen3_vl}
 SIDES = {"internvl": 28, "llava": 28, "qwen3_vl": 16}
 IMAGE_TOKENS = {"internvl": 1, "llava": 4, "qwen3_vl": 4}
-CONFIG = Path(sft.__file__).parent / "configs" / "sft_full.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +162,8 @@ def test_it_says_in_words_what_it_said(kind, plain, started):
 @every_kind
 def test_it_learns_to_draw_by_the_recipe_of_trl(kind, started, tmp_path):
     data = own_masks.as_jsonl(tmp_path / "own")
-    options = dict(
-        config=CONFIG, model_name_or_path=started[kind], data=data, eval_data=data, output_dir=tmp_path / "out",
-        max_steps=60, eval_steps=60, save_steps=60, warmup_steps=1, per_device_train_batch_size=6, learning_rate=1e-2,
-        use_cpu=True, disable_tqdm=True, cache_dir=tmp_path / "cache",
-    )  # fmt: skip
-    sft.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
+    changes = dict(max_steps=60, eval_steps=60, save_steps=60)
+    sft.main(own_masks.trl_command("sft_full", started[kind], data, tmp_path / "out", **changes))
     measured = read_metrics(tmp_path / "out")
     assert measured[0]["t_acc"] == 0 and measured[-1]["t_acc"] == 1  # fraction of things that are there and are drawn
     pipe = pipeline("image-segmentation", model=str(tmp_path / "out"))

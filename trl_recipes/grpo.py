@@ -1,0 +1,231 @@
+"""Teaches an ARGenSeg model by the masks that it draws itself: reinforcement learning with TRL's `GRPOTrainer`.
+
+    python -m trl_recipes.grpo --config trl_recipes/configs/grpo.yaml \\
+        --model_name_or_path out/my_masks/merged --data my_masks/ --output_dir out/grpo
+
+Training on tokens shows a model the true mask up to the token that it has to tell. Here it draws on its own: several
+answers to each request, by chance, of which those learn that are better than the others. The reward of an answer is
+the IoU of its mask with the true one (1 for words where nothing is to be drawn, 0 for words in place of a mask), the
+same number whose mean evaluation calls gIoU. So it needs a model that draws passably already, and changes it little.
+
+Answers are drawn, text and masks alike, at `--temperature`, under the model's own `picture_logit_adjustment`; the
+probabilities that are learned are those of just this, computed by teacher forcing from the ids alone.
+
+The options are those of TRL (`GRPOConfig`, `ModelConfig`), and those of `trl_recipes.lora` for the data; a YAML file
+holds any of them, and the command line goes before it. A run that was stopped goes on from its last checkpoint when the
+same command is given again.
+"""
+
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from .command_line import errors_in_a_line, needing
+from .evaluation.answers import union
+from .lora import MaskEvaluation, load_data, report
+from .mask_data import conversation_of, target_masks
+from .mask_data.mask_values import union_of
+from .mask_data.samples import BadSample
+from .metrics import SegmentationMetrics
+from .run_settings import run_settings, start_run
+from .sft import RESULTS, SFTMaskArguments, begin, sft_settings, tell_sizes, train
+
+with needing("train", __name__):
+    from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
+
+REFUSED = (
+    "use_vllm",
+    "use_liger_kernel",
+    "top_k",
+    "top_p",
+    "min_p",
+    "generation_kwargs",
+)  # unless as they are at first
+SETTINGS = ("num_generations", "steps_per_generation", "num_iterations", "temperature", "beta", "loss_type")
+
+
+class MaskGRPOTrainer(MaskEvaluation, GRPOTrainer):
+    """`GRPOTrainer` that learns the probabilities with which answers were drawn, and evaluates by drawing masks.
+
+    Rows are those of `requests_of`.
+    """
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        pixel_values: Any = None,
+        **others: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        net = self.accelerator.unwrap_model(model)
+        net = net.get_base_model() if isinstance(net, PeftModel) else net
+        count = batch_size or len(input_ids)
+        parts = []
+        for start in range(0, len(input_ids), count):
+            ids, mask, pixels = (given[start : start + count] for given in (input_ids, attention_mask, pixel_values))
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    pixel_values=pixels,
+                    logits_to_keep=1,
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
+                hidden = outputs.hidden_states[-1][:, -logits_to_keep - 1 : -1]
+                parts.append(answer_log_probs(net, hidden, ids, self.temperature))
+        logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logps, entropies if compute_entropy else None, None
+
+
+def answer_log_probs(
+    model: Any, hidden: torch.Tensor, input_ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities with which `generate` samples an answer, and the entropies that it chose under; both (B, l).
+
+    Visual tokens are chosen among the codes, under the model's `picture_logit_adjustment`; text among all other tokens.
+
+    Args:
+        model: an `ARGenSegForConditionalGeneration`.
+        hidden: last hidden states (B, l, hidden) at the tokens before those of the answer, the last l of the stream.
+        input_ids: streams (B, L).
+    """
+    config, length = model.config, hidden.shape[1]
+    ids = input_ids[:, -length:]
+    is_visual = config.is_visual(ids)
+    text = model._text_scores(model.lm_head(hidden[~is_visual]).float())
+    text[:, config.image_token_id] = -torch.inf
+    visual = model.visual_logits(hidden[is_visual]).float()
+    adjustment = picture_logit_adjustment(model)
+    if adjustment:
+        visual = (
+            visual - adjustment * _log_frequencies(model)[_number_in_picture(model, input_ids)[:, -length:][is_visual]]
+        )
+    logps, entropies = (hidden.new_zeros(ids.shape, dtype=torch.float32) for _ in range(2))
+    for where, logits, targets in (
+        (~is_visual, text, ids[~is_visual]),
+        (is_visual, visual, ids[is_visual] - config.visual_token_offset),
+    ):
+        chosen = torch.distributions.Categorical(logits=logits / temperature)
+        logps = logps.masked_scatter(where, chosen.log_prob(targets))
+        entropies = entropies.masked_scatter(where, chosen.entropy())
+    return logps, entropies
+
+
+def picture_logit_adjustment(model: Any) -> float:
+    return getattr(model.generation_config, "picture_logit_adjustment", None) or 0.0
+
+
+def _log_frequencies(model: Any) -> torch.Tensor:
+    """(T, V): of each code at the scale of each token of a picture."""
+    scales = enumerate(model.config.patch_nums)
+    return torch.cat([model.model.quantizer.log_frequency(scale).expand(side**2, -1) for scale, side in scales])
+
+
+def _number_in_picture(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Which token of its picture each of a stream (B, L) is, from 0; 0 outside of pictures."""
+    rows, columns = model.model.find_pictures(input_ids)
+    order = torch.arange(model.config.picture_length, device=input_ids.device)
+    numbers = torch.zeros_like(input_ids)
+    numbers[rows[:, None], columns[:, None] + 1 + order] = order
+    return numbers
+
+
+def mask_reward(processor: Any) -> Callable[..., list[float]]:
+    """The reward: IoU of what is drawn with what is true, as evaluation counts it."""
+
+    def mask_iou(completion_ids: list[list[int]], masks: list, image_size: list, **others: Any) -> list[float]:
+        pad, sizes = processor.tokenizer.pad_token_id, [tuple(size) for size in image_size]
+        rows = [torch.tensor(ids) for ids in completion_ids]
+        answers = processor.post_process_segmentation(
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), target_sizes=sizes
+        )
+        metrics = SegmentationMetrics()
+        return [
+            metrics.add(union(found), union_of(truth, size))
+            for found, truth, size in zip(answers, masks, sizes, strict=True)
+        ]
+
+    return mask_iou
+
+
+def requests_of(rows: Dataset, processor: Any) -> Dataset:
+    """Rows of `load_mask_data` as `GRPOTrainer` takes them: `image`, `prompt` (messages), and for the reward the true
+    `masks` and the `image_size`.
+
+    Raises:
+        BadSample: a conversation has masks before its last answer.
+    """
+    prompts, truths = [], []
+    plain = rows.remove_columns("image")
+    for row in plain:
+        *before, _ = conversation_of(processor, row | {"image": None})
+        blocks = [block for turn in before for block in turn["content"]]
+        if any(block["type"] == "mask" for block in blocks):
+            raise BadSample(row["sample"], "conversation", "masks before the last answer are not for this recipe")
+        texts = ["".join(block.get("text", "") for block in turn["content"]) for turn in before]
+        prompts.append([{"role": turn["role"], "content": text} for turn, text in zip(before, texts, strict=True)])
+        truths.append(target_masks(row))
+    kept = rows.select_columns(["image", "image_size"])
+    return kept.add_column("prompt", prompts).add_column("masks", truths)
+
+
+def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelConfig) -> MaskGRPOTrainer:
+    """Everything before the first step.
+
+    Raises:
+        ValueError: with what is wrong, and how to mend it.
+    """
+    for name in REFUSED:
+        if getattr(training, name) != GRPOConfig.__dataclass_fields__[name].default:
+            raise ValueError(f"--{name} does not go with masks that are drawn by the model itself: leave it out")
+    model, processor, config = begin(recipe, training, model_args)
+    training.generation_kwargs = {
+        "picture_do_sample": True,
+        "picture_temperature": training.temperature,
+        "picture_logit_adjustment": picture_logit_adjustment(model),
+    }
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    requests = requests_of(rows, processor)
+    settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)
+    settings |= {name: getattr(training, name) for name in SETTINGS}
+    start_run(Path(training.output_dir), settings, str(model_args.model_name_or_path), recipe.overwrite, RESULTS)
+    trainer = MaskGRPOTrainer(
+        model=model,
+        reward_funcs=mask_reward(processor),
+        args=training,
+        train_dataset=requests,
+        eval_dataset=validation,  # evaluation draws its masks
+        processing_class=processor,
+        peft_config=config,
+        processor=processor,
+        validation=validation,
+        shown=recipe.shown_samples,
+    )
+    tell_sizes(trainer)
+    return trainer
+
+
+def make_parser() -> TrlParser:
+    kinds: Any = (SFTMaskArguments, GRPOConfig, ModelConfig)
+    return TrlParser(kinds, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    recipe, training, model_args = make_parser().parse_args_and_config(arguments)
+    with errors_in_a_line():
+        trainer = prepare(recipe, training, model_args)
+    report(trainer, train(trainer))
+
+
+if __name__ == "__main__":
+    main()
