@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from trl_recipes.bank_building import tables
-from trl_recipes.bank_building.sources import DRAWN_SETS
+from trl_recipes.bank_building.rows import DRAWN_SETS
 from trl_recipes.scenes.bank import SPLITS
 
 STAMPS = "usr/share/tuxpaint/stamps/"

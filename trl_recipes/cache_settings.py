@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .evaluation.report import write_settings
+from .settings_files import write_settings
 
 
 def was_made_of(cache: Path, settings: dict[str, Any]) -> bool:

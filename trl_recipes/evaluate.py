@@ -26,7 +26,6 @@ formed by the order of sample ids, whoever answers them, and scores are computed
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from datetime import UTC, datetime, timedelta
@@ -48,15 +47,14 @@ from .evaluation.report import (
     answered_by,
     check_answers,
     code,
-    hash_files,
     hash_samples,
-    hash_texts,
     model_settings,
     processor_settings,
     start_answers,
 )
 from .evaluation.scoring import EXTRA, Scores, score
 from .evaluation.store import PATTERN, PredictionStore
+from .settings_files import hash_files, hash_texts, write_whole
 from .tasks import Samples, Source, load_task, open_source, read_samples, semantic, task_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -283,9 +281,9 @@ def report(
         "scored_by": code(),
         "run": about,
     }
-    _write(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     lines = [json.dumps({"id": name, "score": value}) + "\n" for name, value in scores.values]
-    _write(folder / "scores.jsonl", "".join(lines))
+    write_whole(folder / "scores.jsonl", "".join(lines))
     title = f"{args.model} on {task.name}, {source.split}, {source.protocol}" + (", zooming in" if args.zoom else "")
     summary = summarise(result)
     print("\n".join([title, *("  " + line for line in summary), f"  written to {folder / 'result.json'}"]))
@@ -318,12 +316,6 @@ def summarise(result: dict[str, Any]) -> list[str]:
 def _is_detail(name: str, kinds: dict[str, Any]) -> bool:
     """Numbers of one class or one kind: they are in result.json, and kinds in their own table."""
     return name.startswith("iou_") or any(name.endswith(f"_{kind}") for kind in kinds)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    shutil.move(part, path)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from .metrics import SegmentationMetrics
 from .picture_grid import picture_grid, save_picture
 from .resume import last_checkpoint, train_or_go_on
 from .run_settings import run_settings, start_run
+from .settings_files import write_whole
 
 RESULTS = ("adapter", "merged")  # of a run
 COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
@@ -142,13 +143,6 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
     """What was measured so far, in the order of the steps."""
     path = output / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 # ---------------------------------------------------------------------- before the first step

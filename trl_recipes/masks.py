@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .cache_settings import start_anew, was_made_of
-from .evaluation.report import hash_files
 from .scenes import SceneBank, SceneConfig, SceneDataset
+from .settings_files import hash_files
 
 PRESET_SHARES = (("easy", 0.3), ("medium", 0.3), ("full", 0.4))
 SCENES_PER_TASK = 16

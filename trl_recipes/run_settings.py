@@ -9,9 +9,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
-from .evaluation.report import check_settings, fingerprint, write_settings
 from .mask_data.tokenising import content_hash
 from .resume import last_checkpoint
+from .settings_files import check_settings, fingerprint, write_settings
 
 SETTINGS = "run.json"
 RESULTS = (SETTINGS, "checkpoint-*", "metrics.jsonl", "drawn-*.png", "learning_curve.png")  # of any run

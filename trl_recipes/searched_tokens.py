@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 from modeling_argenseg import VARTokenizer
 
 from .cache_settings import start_anew, was_made_of
-from .evaluation.report import fingerprint
 from .masks import MaskPictures
+from .settings_files import fingerprint
 
 BATCH = 16
 MISSING = -1

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..scenes.bank import SPLITS, SceneBank
 from . import tables
 from .packages import PackageError, fetch, unpack, version
-from .sources import DRAWN_SETS, SOURCES, Source, Workplace
+from .rows import DRAWN_SETS, Workplace
+from .sources import SOURCES, Source
 
 RECIPE = "1"  # raise it when pictures come out differently: finished stages are then made anew
 FINGERPRINT, PROBLEMS = b"bank_building", b"problems"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import tables
 from .pictures import SPRITE_SIDE, cut_out
-from .sources import DRAWN_SETS, UNREADABLE, Row, Workplace, reason, sprite_row
+from .rows import DRAWN_SETS, UNREADABLE, Row, Workplace, reason, sprite_row
 
 OUTLINED = ("openmoji",)  # in black, whatever colour a small thing has
 ALL_KINDS = "-fe0f"  # asks for a coloured emoji; not all sets write it

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .rooms import read_properties
-from .sources import UNREADABLE, Workplace
+from .rows import UNREADABLE, Workplace
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
 PATIENCE = 120.0  # seconds for one model

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .sources import UNREADABLE, Row, Workplace, backdrop_row
+from .rows import UNREADABLE, Row, Workplace, backdrop_row
 from .tables import Backdrop
 
 CATALOGUE = "com/eteks/sweethome3d/io/DefaultTexturesCatalog.properties"

@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from . import tables
 from .copyright_file import CopyrightFile
+from .drawings import drawing_rows
 from .packages import Package
-from .pictures import backdrop, color_name, cut_out, encode
+from .pictures import backdrop, cut_out
+from .rooms import room_rows
+from .rows import DRAWN_SETS, UNREADABLE, Row, Workplace, backdrop_row, reason, sprite_row
 
-Row = dict[str, Any]
 STAMPS = "usr/share/tuxpaint/stamps/"
 DOC = "usr/share/doc/"
-DRAWN_SETS = {name: f"@iconify-json/{name}" for name in ("noto", "twemoji", "openmoji", "fluent-emoji-flat")}
-UNREADABLE = (OSError, ValueError, KeyError, SyntaxError, Image.DecompressionBombError)
-
-
-@dataclass
-class Workplace:
-    """What a source is given.
-
-    Attributes:
-        unpacked: by package name, the folder with its files.
-        folder: where the source may keep what it has made so far.
-        views: how many sides of a model are rendered.
-        problems: "file: reason" of every file that could not be used; the source adds to it.
-    """
-
-    unpacked: dict[str, Path]
-    folder: Path
-    views: int = 8
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -61,42 +42,6 @@ class Source:
             for module, known_as, extra in self.needs
             if find_spec(module) is None
         ]
-
-
-def sprite_row(
-    picture: Image.Image,
-    noun: str,
-    identity: str,
-    src: str,
-    origin: tuple[str, str, str],
-    photo: bool,
-    split: str | None = None,
-) -> Row:
-    """A row of sprites.parquet for a picture that is cut out already.
-
-    Args:
-        picture: RGBA.
-        noun: key in the table of nouns.
-        identity: "source:name"; all views of one model share it.
-        src: the source's short name.
-        origin: file, author, licence.
-        photo: True for a photograph.
-        split: default: what the tables say of the identity.
-    """
-    known = tables.nouns()[noun]
-    return {
-        "image": {"bytes": encode(picture), "path": None},
-        "noun": noun,
-        "name": known.written,
-        "synonyms": list(known.synonyms),
-        "categories": list(known.categories),
-        "color": color_name(picture),
-        "photo": photo,
-        "src": src,
-        "id": identity,
-        "split": split or tables.splits()[identity],
-        **dict(zip(("file", "author", "lic"), origin, strict=True)),
-    }
 
 
 def emoji_rows(work: Workplace) -> Iterator[Row]:
@@ -155,38 +100,6 @@ def wallpaper_rows(source: str, package: str, kind: str = "photo") -> Callable[[
     return rows
 
 
-def backdrop_row(picture: Image.Image, one: tables.Backdrop, kind: str, src: str, rights: tuple[str, str]) -> Row:
-    """A row of backgrounds.parquet; `rights` is author and licence."""
-    return {
-        "image": {"bytes": encode(picture, quality=85), "path": None},
-        "floor": one.floor,
-        "avoid": list(one.avoid),
-        "split": one.split,
-        "kind": kind,
-        "src": src,
-        "file": one.file,
-        "author": rights[0],
-        "lic": rights[1],
-    }
-
-
-def reason(error: Exception) -> str:
-    """Why a file could not be used, for `Workplace.problems`."""
-    return "it is not in the package" if isinstance(error, FileNotFoundError) else str(error)
-
-
-def _drawing_rows(work: Workplace) -> Iterator[Row]:
-    from .drawings import drawing_rows  # which imports from here
-
-    return drawing_rows(work)
-
-
-def _room_rows(work: Workplace) -> Iterator[Row]:
-    from .rooms import room_rows
-
-    return room_rows(work)
-
-
 def _wallpapers(source: str, package: str, folder: str) -> Source:
     parts = (folder, f"{DOC}{package}/copyright")
     return Source(source, "backgrounds", (Package(package, "debian", parts),), wallpaper_rows(source, package))
@@ -206,7 +119,7 @@ SOURCES = (
             Package(package, "npm", ("package/icons.json", "package/chars.json", "package/info.json"))
             for package in DRAWN_SETS.values()
         ),
-        _drawing_rows,
+        drawing_rows,
         needs=(("resvg_py", "resvg-py", "train"),),
     ),
     Source(
@@ -230,6 +143,6 @@ SOURCES = (
         "rooms",
         "backgrounds",
         (Package("sweethome3d", "debian", ("usr/share/sweethome3d/sweethome3d.jar",)),),
-        _room_rows,
+        room_rows,
     ),
 )

@@ -1,27 +1,22 @@
 """Where a result comes from: the code, the versions, the model, the settings that numbers depend on."""
 
 import hashlib
-import itertools
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from ..settings_files import check_settings, fingerprint, hash_texts, write_json, write_settings
 from ..tasks import Samples
 from .store import PATTERN
 
 PACKAGES = ("argenseg", "torch", "transformers", "accelerate", "numpy", "pillow", "pycocotools")
-FINGERPRINT_VALUES = 256  # of every parameter
-WHOLE_BYTES, EDGE_BYTES = 1 << 28, 1 << 16  # data up to this are read as a whole; otherwise the edges of every file
 ANSWERED_BY = "answered_by"  # no setting, but kept with them
 LOOKED_AT = 64  # samples whose image and text are compared
-WHOLES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNSAID = ("_name_or_path", "_from_model_config", "transformers_version", "auto_map")  # where it lies, who wrote it
 
 
@@ -56,18 +51,6 @@ def code() -> dict[str, Any]:
     return {**commit(), "versions": versions()}
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short hash of all parameters and buffers: names, shapes, some values, and the sum of all bits as whole numbers,
-    which no order of adding changes. Another training step gives another one."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(itertools.chain(model.named_parameters(), model.named_buffers())):
-        flat = tensor.detach().flatten()
-        chosen = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)].float().cpu().numpy()
-        total = int(flat.view(WHOLES[flat.element_size()]).sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}".encode() + chosen.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def model_settings(model: Any) -> dict[str, Any]:
     """What of a model decides its answers."""
     return {
@@ -99,20 +82,6 @@ def _hash_json(content: Any) -> str:
     return hash_texts([json.dumps(content, sort_keys=True, default=str)])
 
 
-def hash_files(paths: Sequence[Path]) -> str:
-    """A short hash of files' names and contents; of many bytes, of their sizes and edges."""
-    digest, whole = hashlib.sha256(), sum(path.stat().st_size for path in paths) <= WHOLE_BYTES
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(size if whole else EDGE_BYTES))
-            if not whole:
-                file.seek(max(0, size - EDGE_BYTES))
-                digest.update(file.read(EDGE_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def hash_samples(samples: Samples) -> str:
     """A short hash of what samples ask: text, image and prompt picture. Of many, some are looked at, evenly spread."""
     digest = hashlib.sha256()
@@ -125,12 +94,6 @@ def hash_samples(samples: Samples) -> str:
         except ValueError as error:
             raise ValueError(f"sample {sample.id}: {error}") from error
     return digest.hexdigest()[:16]
-
-
-def write_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a new run; those of a run that goes on stay."""
-    if not path.exists():
-        _write_json(path, settings)
 
 
 def start_answers(path: Path, settings: dict[str, Any]) -> None:
@@ -147,18 +110,12 @@ def start_answers(path: Path, settings: dict[str, Any]) -> None:
     write_settings(path, {**settings, ANSWERED_BY: []})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def answered_by(path: Path, now: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The code (see `code`) of all predictions of a run, the first first; `now` is added if it is another."""
     run = json.loads(path.read_text(encoding="utf-8"))
     if now is not None and now not in run[ANSWERED_BY]:
         run[ANSWERED_BY].append(now)
-        _write_json(path, run)
+        write_json(path, run)
     return run[ANSWERED_BY]
 
 
@@ -173,35 +130,4 @@ def check_answers(path: Path, settings: dict[str, Any]) -> None:
             f"{path} was written by an earlier version, without all settings that its predictions depend on. Give "
             "another --output, or --overwrite to begin anew"
         )
-    check_settings(path, settings)
-
-
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Makes sure that a run goes on with the settings that it began with.
-
-    Raises:
-        ValueError: a setting differs, and what was made under both would not belong together.
-    """
-    before, settings = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    before.pop(ANSWERED_BY, None)
-    changes = list(_differences(before, settings))
-    if changes:
-        told = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changes)
-        raise ValueError(
-            f"{path.parent} holds a run with other settings: {told}. Give another --output, or --overwrite to begin "
-            "anew"
-        )
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name}", old, new
-
-
-def hash_texts(texts: Iterable[str]) -> str:
-    """A short hash of texts in their order, such as sample ids."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    check_settings(path, settings, aside=(ANSWERED_BY,))

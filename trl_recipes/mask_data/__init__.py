@@ -10,8 +10,7 @@ trainers that tokenise by themselves.
 """
 
 from .loading import has_split, load_mask_data, split_by_image
-from .readers import ReaderOptions
-from .samples import BadSample
+from .samples import BadSample, ReaderOptions
 from .tokenising import MaskCollator, conversation_of, target_masks, tokenise_masks
 
 __all__ = [

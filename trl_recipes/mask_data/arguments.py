@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from .readers import ReaderOptions
+from .samples import ReaderOptions
 
 
 @dataclass

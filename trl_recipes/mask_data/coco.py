@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .mask_values import split_masks
-from .readers import ReaderOptions
-from .samples import BadSample, RawSample, Source
+from .samples import BadSample, RawSample, ReaderOptions, Source
 
 FIELDS = {"image": "file_name", "prompt": "category_id", "mask": "segmentation"}
 

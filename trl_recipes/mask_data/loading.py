@@ -15,8 +15,8 @@ from processing.image_inputs import load_image
 
 from ..metrics import to_rle
 from .mask_values import read_mask
-from .readers import PROMPT_FILES, ReaderOptions, read_folder, read_json, read_jsonl, read_table
-from .samples import COLUMNS, BadSample, RawSample, Source
+from .readers import PROMPT_FILES, read_folder, read_json, read_jsonl, read_table
+from .samples import COLUMNS, BadSample, RawSample, ReaderOptions, Source
 
 SPLIT_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 SHOWN = 5  # bad samples that are named; the others are counted

@@ -5,49 +5,19 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Array2D, Dataset, Image, Value
 
+from .coco import read_coco
 from .mask_values import split_masks
-from .samples import IMAGE_MARKER, MASK_MARKER, BadSample, RawSample, Source
+from .samples import ALIASES, IMAGE_MARKER, MASK_MARKER, BadSample, RawSample, ReaderOptions, Source
 
-ALIASES = {
-    "image": ("image", "file_name", "image_path"),
-    "prompt": ("prompt", "text", "caption", "expression"),
-    "mask": ("mask", "masks", "segmentation", "mask_path"),
-}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PROMPT_FILES = ("prompts.csv", "metadata.jsonl", "metadata.csv", "prompts.jsonl")
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-@dataclass
-class ReaderOptions:
-    """How to read what a file leaves open.
-
-    Attributes:
-        image_root: folder that relative image and mask paths start from; default: the file's own. Of a folder with
-            prompts: where its images and masks lie.
-        prompt: what to segment where the data hold no prompts at all.
-        columns: the data's names of "image", "prompt" and "mask", where they are unusual.
-        coco_prompts: "categories", "captions", or "auto": captions where annotations have them.
-        absent_per_image: for COCO categories, requests for each image of things that are not in it.
-    """
-
-    image_root: str | Path | None = None
-    prompt: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    coco_prompts: str = "auto"
-    absent_per_image: int = 0
-
-    def find(self, row: dict[str, Any], part: str) -> str | None:
-        """The name that a row has for "image", "prompt" or "mask"; None if it has none of the usual."""
-        names = (self.columns[part],) if part in self.columns else ALIASES[part]
-        return next((name for name in names if name in row), None)
 
 
 # ---------------------------------------------------------------------- rows
@@ -262,8 +232,6 @@ def read_json(path: Path, options: ReaderOptions) -> Source:
         return Source(_each(lambda where, row: plain_row(row, where, root, options), rows), len(rows))
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{path}: COCO needs 'images', 'annotations' and 'categories'; other JSON is a list of rows")
-    from .coco import read_coco
-
     return read_coco(content, path, options)
 
 

@@ -7,6 +7,11 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
+ALIASES = {
+    "image": ("image", "file_name", "image_path"),
+    "prompt": ("prompt", "text", "caption", "expression"),
+    "mask": ("mask", "masks", "segmentation", "mask_path"),
+}
 MASK_MARKER, IMAGE_MARKER = "<mask>", "<image>"  # in the text of conversations
 
 RLE_FEATURE = {"size": List(Value("int32")), "counts": Value("string")}
@@ -80,3 +85,28 @@ class Source:
     samples: Iterable["RawSample | BadSample"]
     total: int | None = None
     images: Dataset | None = None
+
+
+@dataclass
+class ReaderOptions:
+    """How to read what a file leaves open.
+
+    Attributes:
+        image_root: folder that relative image and mask paths start from; default: the file's own. Of a folder with
+            prompts: where its images and masks lie.
+        prompt: what to segment where the data hold no prompts at all.
+        columns: the data's names of "image", "prompt" and "mask", where they are unusual.
+        coco_prompts: "categories", "captions", or "auto": captions where annotations have them.
+        absent_per_image: for COCO categories, requests for each image of things that are not in it.
+    """
+
+    image_root: str | Path | None = None
+    prompt: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    coco_prompts: str = "auto"
+    absent_per_image: int = 0
+
+    def find(self, row: dict[str, Any], part: str) -> str | None:
+        """The name that a row has for "image", "prompt" or "mask"; None if it has none of the usual."""
+        names = (self.columns[part],) if part in self.columns else ALIASES[part]
+        return next((name for name in names if name in row), None)

@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_packages import drawn_emoji, some_emoji, some_models, some_stamps, write_npm, write_packages
 
 from trl_recipes.bank_building import build, rooms, sources, tables
+from trl_recipes.bank_building import rows as bank_rows
 from trl_recipes.bank_building.build import _check, build_bank
 from trl_recipes.bank_building.packages import unpack
-from trl_recipes.bank_building.sources import DRAWN_SETS
+from trl_recipes.bank_building.rows import DRAWN_SETS
 from trl_recipes.scenes import SceneBank, SceneConfig, SceneDataset
 from trl_recipes.scenes.build_bank import main
 
@@ -76,11 +77,11 @@ def test_drawings_are_of_training_emoji_alone(built: tuple[Path, str]) -> None:
 
 
 def test_black_of_outlines_is_no_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "color_name", lambda picture: "black")
+    monkeypatch.setattr(bank_rows, "color_name", lambda picture: "black")
     archives = write_packages(tmp_path / "packages")
     source = next(one for one in sources.SOURCES if one.name == "drawings")
     unpacked = {one.name: unpack(one, one.archive(archives), tmp_path / "unpacked") for one in source.packages}
-    colors = {(row["src"], row["color"]) for row in source.rows(sources.Workplace(unpacked, tmp_path))}
+    colors = {(row["src"], row["color"]) for row in source.rows(bank_rows.Workplace(unpacked, tmp_path))}
     assert colors == {(name, None if name == "openmoji" else "black") for name in DRAWN_SETS}
 
 
