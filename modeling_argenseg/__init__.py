@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageSegmentation,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -33,6 +34,7 @@ for config_class, model_class in ((VARTokenizerConfig, VARTokenizer), (ARGenSegC
     AutoModel.register(config_class, model_class, exist_ok=True)
 AutoModelForImageTextToText.register(ARGenSegConfig, ARGenSegForConditionalGeneration, exist_ok=True)
 AutoModelForImageSegmentation.register(ARGenSegConfig, ARGenSegForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(ARGenSegConfig, ARGenSegForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(ARGenSegConfig, ARGenSegProcessor, exist_ok=True)
 # `register_pipeline` would warn that the task is taken; models of other kinds still get transformers' own pipeline
 PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = SegmentationPipelineDispatch

@@ -161,6 +161,7 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
             "AutoModel": "modeling_argenseg.ARGenSegModel",
             "AutoModelForImageTextToText": "modeling_argenseg.ARGenSegForConditionalGeneration",
             "AutoModelForImageSegmentation": "modeling_argenseg.ARGenSegForConditionalGeneration",
+            "AutoModelForMultimodalLM": "modeling_argenseg.ARGenSegForConditionalGeneration",
             "AutoProcessor": "processing_argenseg.ARGenSegProcessor",
         },
         "custom_pipelines": {

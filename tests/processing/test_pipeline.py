@@ -17,6 +17,7 @@ from toy import BOTH, REQUESTS
 from transformers import (
     AutoModelForImageSegmentation,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     ImageSegmentationPipeline,
     SegformerConfig,
@@ -312,7 +313,8 @@ def test_saved_pipeline(pipe: Any, photograph: Image.Image, tmp_path: Path) -> N
     pipe.save_pretrained(tmp_path)
     again = pipeline("image-segmentation", model=str(tmp_path))
     assert simple(again(photograph, text=[SQUARE, BALL])) == simple(pipe(photograph, text=[SQUARE, BALL]))
-    assert type(AutoModelForImageSegmentation.from_pretrained(tmp_path)) is ARGenSegForConditionalGeneration
+    for auto in (AutoModelForImageSegmentation, AutoModelForMultimodalLM):
+        assert type(auto.from_pretrained(tmp_path)) is ARGenSegForConditionalGeneration
 
 
 def test_other_models_keep_their_pipeline(pipe: Any, photograph: Image.Image, tmp_path: Path) -> None:
