@@ -222,7 +222,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
                 tokens = self._choose_text(rows, logits, logits_processor, generation_config)
                 logits = self._advance(rows, tokens, criteria, streamer, forward)
             elif bool(rows.waiting.any()):
-                logits = self._picture(rows, generation_config, streamer)
+                logits = self._picture(rows, generation_config, criteria, streamer)
             else:
                 break
         if streamer is not None:
@@ -277,7 +277,9 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
 
     # ------------------------------------------------------------------ pictures, and the end
 
-    def _picture(self, rows: Rows, generation_config: GenerationConfig, streamer: Any) -> torch.Tensor | None:
+    def _picture(
+        self, rows: Rows, generation_config: GenerationConfig, criteria: StoppingCriteriaList, streamer: Any
+    ) -> torch.Tensor | None:
         """Draws what is waiting. Returns the logits (R, vocabulary) of the text that follows; None after a preview."""
         logits, drew, after = self._draw(rows, generation_config, streamer), rows.waiting, rows.draft_after
         rows.waiting = torch.zeros_like(drew)
@@ -287,6 +289,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         rows.ids = torch.cat([rows.ids, after.expand(rows.ids.shape[0], -1)], dim=1)
         _, logits = self._accept(rows, after, logits, drew, streamer=streamer)
         rows.running = drew & (rows.budget > 0)
+        if not after.numel():  # words that were expected are there with the end of text as the only criterion
+            rows.running = rows.running & ~criteria(rows.streams, None)
         return logits
 
     def _finish(self, rows: Rows, generation_config: GenerationConfig) -> ARGenSegGenerateOutput | torch.Tensor:

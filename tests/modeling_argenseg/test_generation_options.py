@@ -29,7 +29,7 @@ from tiny import (
     stream,
     visual_logits,
 )
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_argenseg import ARGenSegGenerateOutput
@@ -353,3 +353,24 @@ def test_options_as_transformers_writes_them():
         torch.manual_seed(0)
         sampled.append(net.generate(**prompt, **drawing, picture_do_sample=True, **options))
     assert torch.equal(*sampled)
+
+
+@both_attentions
+def test_criteria_are_asked_after_a_picture_too(scale_attention):
+    """One row stops with its picture, the other goes on; padding is the end of text."""
+    net = tiny.model(scale_attention=scale_attention)
+
+    class AfterAPicture(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            is_visual = net.config.is_visual(input_ids)
+            return is_visual[:, -1] & (is_visual.sum(-1) == T)
+
+    prompts, texts = left_padded(PROMPTS[1:3]), [[SURE, GEN_START, DONE], [DONE, SURE]]
+    options = {"stopping_criteria": StoppingCriteriaList([AfterAPicture()]), "pad_token_id": EOS}
+    plain, stopped = (
+        generate(net, prompts, *texts, **({"pad_token_id": EOS} | more)).sequences for more in ({}, options)
+    )
+    length = prompts["input_ids"].shape[1]
+    whole, found = (answers(one, length, pad=EOS) for one in (plain, stopped))
+    assert found[0] == whole[0][: 2 + T] and whole[0][2 + T :] == [DONE]
+    assert found[1] == whole[1]
