@@ -2,7 +2,7 @@
 
     python -m trl_recipes.from_vlm --vlm OpenGVLab/InternVL3-1B-hf --output out/start \\
         --visual_tokenizer hub_cards/argenseg-tiny/visual_tokenizer
-    python -m trl_recipes.sft --config trl_recipes/configs/sft_full.yaml \\
+    python -m trl_recipes.sft --config trl_recipes/configs/sft_from_vlm.yaml \\
         --model_name_or_path out/start --data my_masks/ --output_dir out/sft
 
 What it says in words stays as it was; that is checked on an image, and a vision-language model of a kind that cannot be
@@ -292,7 +292,8 @@ def main(arguments: list[str] | None = None) -> None:
         processor.save_pretrained(output)
     print(f"{output}: {model.num_parameters() / 1e6:,.0f} M parameters. A request, as the model reads it:\n")
     print(example(processor))
-    print(f"\nNow train it: python -m trl_recipes.sft --model_name_or_path {output} ... (--help)")
+    config = "trl_recipes/configs/sft_from_vlm.yaml"
+    print(f"\nNow train it: python -m trl_recipes.sft --config {config} --model_name_or_path {output} ...")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def adapters(model: Any, args: ModelConfig) -> PeftConfig | None:
 
 
 def freeze(model: Any, train_vision_tower: bool) -> None:
-    """For full fine-tuning: the vision tower does not train (the codebook never does).
+    """For full fine-tuning: the vision tower does not train (but for Qwen-VL's projectors, the mergers in it), and the
+    codebook never does.
 
     Raises:
         ValueError: the weights are quantised, and only adapters on them can train.
@@ -120,7 +121,9 @@ def freeze(model: Any, train_vision_tower: bool) -> None:
     if getattr(model, "is_quantized", False):
         raise ValueError("quantised weights cannot train whole: add --use_peft")
     if not train_vision_tower:
-        model.model.vlm.get_encoder("image").requires_grad_(False)
+        tower = model.model.vlm.get_encoder("image")
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_(name.startswith(("merger.", "deepstack_merger_list.")))
 
 
 def begin(

@@ -187,7 +187,7 @@ def test_it_may_be_overwritten_but_not_the_model_to_begin_with(full, toy_folder,
     assert (output / "adapter_model.safetensors").is_file() and not (output / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["sft_full", "sft_lora"])
+@pytest.mark.parametrize("name", ["sft_full", "sft_from_vlm", "sft_lora"])
 def test_the_configurations_are_read_and_the_command_line_goes_before_them(name, tmp_path):
     path = own_masks.CONFIGS / f"{name}.yaml"
     words = ["--config", str(path), "--data", "d", "--output_dir", str(tmp_path), "--max_steps", "7"]

@@ -166,6 +166,13 @@ def test_it_learns_to_draw_by_the_recipe_of_trl(kind, started, tmp_path):
     sft.main(own_masks.trl_command("sft_full", started[kind], data, tmp_path / "out", **changes))
     measured = read_metrics(tmp_path / "out")
     assert measured[0]["t_acc"] == 0 and measured[-1]["t_acc"] == 1  # fraction of things that are there and are drawn
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (started[kind], tmp_path / "out")
+    )
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    tower = {name for name in moved if ".visual." in name or ".vision_tower." in name}
+    assert any("multi_modal_projector" in name or "merger" in name for name in moved)
+    assert all("merger" in name for name in tower) and not any("quantizer" in name for name in moved)
     pipe = pipeline("image-segmentation", model=str(tmp_path / "out"))
     (segment,) = pipe(own_masks.photograph(0), text=own_masks.PROMPTS["square"])
     assert segment["mask"].size == (own_masks.WIDTH, own_masks.HEIGHT)
