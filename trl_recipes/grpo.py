@@ -16,6 +16,7 @@ holds any of them, and the command line goes before it. A run that was stopped g
 same command is given again.
 """
 
+import copy
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import GenerationConfig
 
 from .command_line import errors_in_a_line, needing
 from .evaluation.answers import union
@@ -44,16 +46,47 @@ REFUSED = (
     "top_k",
     "top_p",
     "min_p",
+    "repetition_penalty",
     "generation_kwargs",
+    "cast_lm_head_to_fp32",
+    "sync_ref_model",
 )  # unless as they are at first
-SETTINGS = ("num_generations", "steps_per_generation", "num_iterations", "temperature", "beta", "loss_type")
+SETTINGS = (
+    "num_generations", "max_completion_length", "mask_truncated_completions", "steps_per_generation", "num_iterations",
+    "temperature", "beta", "loss_type", "scale_rewards", "epsilon", "importance_sampling_level",
+)  # fmt: skip
 
 
 class MaskGRPOTrainer(MaskEvaluation, GRPOTrainer):
     """`GRPOTrainer` that learns the probabilities with which answers were drawn, and evaluates by drawing masks.
 
-    Rows are those of `requests_of`.
+    Rows are those of `requests_of`. Sampling follows what `GRPOConfig` says alone, whatever the generation
+    configuration of the model has beside it.
     """
+
+    def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        training: GRPOConfig = kwargs["args"]
+        beta, reference = training.beta, None
+        if beta and kwargs.get("peft_config") is None:
+            reference = copy.deepcopy(model).requires_grad_(False).eval()
+        training.beta = 0.0  # TRL would load the reference by a class that it looks for in transformers
+        super().__init__(*args, model=model, **kwargs)
+        self.beta = training.beta = beta
+        if reference is not None:
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _own_model(self, model: Any) -> Any:
+        """Without what trainer and adapters put around it."""
+        net = self.accelerator.unwrap_model(model)
+        return net.get_base_model() if isinstance(net, PeftModel) else net
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        net = self._own_model(self.model)
+        own, net.generation_config = net.generation_config, GenerationConfig()
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            net.generation_config = own
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -66,8 +99,7 @@ class MaskGRPOTrainer(MaskEvaluation, GRPOTrainer):
         pixel_values: Any = None,
         **others: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        net = self.accelerator.unwrap_model(model)
-        net = net.get_base_model() if isinstance(net, PeftModel) else net
+        net = self._own_model(model)
         count = batch_size or len(input_ids)
         parts = []
         for start in range(0, len(input_ids), count):
@@ -115,7 +147,8 @@ def answer_log_probs(
         (~is_visual, text, ids[~is_visual]),
         (is_visual, visual, ids[is_visual] - config.visual_token_offset),
     ):
-        chosen = torch.distributions.Categorical(logits=logits / temperature)
+        # checks of its own fail where there is none, as in a batch that draws nothing
+        chosen = torch.distributions.Categorical(logits=logits / temperature, validate_args=False)
         logps = logps.masked_scatter(where, chosen.log_prob(targets))
         entropies = entropies.masked_scatter(where, chosen.entropy())
     return logps, entropies

@@ -1,5 +1,6 @@
 """Reinforcement learning on masks: probabilities are those of sampling, the reward is evaluation's, and it learns."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from own_masks import trl_command
 from tiny import CAT, DOG, DONE, EOS, GEN_START, SURE, T, left_padded, stream
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg.generation_argenseg import PICTURE_DEFAULTS
 from processing import ARGenSegProcessor
 from trl_recipes import grpo
 from trl_recipes.export import set_picture_options
@@ -81,6 +83,14 @@ def test_probabilities_sum_to_one_over_what_can_be_chosen() -> None:
             torch.testing.assert_close(torch.stack(found), (logits / 0.8).log_softmax(-1))
 
 
+def test_a_batch_that_draws_nothing() -> None:
+    net = tiny.model()
+    ids, mask = (left_padded(PROMPTS)[name] for name in ("input_ids", "attention_mask"))
+    hidden = hidden_states(net, ids, 2, attention_mask=mask, pixel_values=tiny.images(2))
+    logps, entropies = grpo.answer_log_probs(net, hidden, ids)
+    assert (logps < 0).all() and (entropies > 0).all()
+
+
 def test_the_reward_is_the_iou_that_evaluation_counts(processor) -> None:
     masks = own_masks.masks()
     truth = [own_masks.rle(masks["square"])]
@@ -137,7 +147,52 @@ def test_it_learns_to_draw_better(toy_folder, data, tmp_path) -> None:
         grpo.main(trl_command("grpo", toy_folder, data, tmp_path / "out", **(changes | {"temperature": 0.5})))
 
 
-@pytest.mark.parametrize("option", [("--top_k", "5"), ("--top_p", "0.9"), ("--use_vllm", "true")])
+def quick(name: str, model: Path, data: Path, output: Path, **changes: Any) -> list[str]:
+    """One step of sixteen answers, without evaluation."""
+    sizes = dict(max_steps=1, eval_strategy="no", save_strategy="no", per_device_train_batch_size=16)
+    options = sizes | dict(gradient_accumulation_steps=1, max_completion_length=12)
+    return trl_command(name, model, data, output, **(options | changes))
+
+
+def test_what_the_model_has_for_generating_does_not_bend_the_sampling(toy_folder, data, tmp_path, monkeypatch) -> None:
+    """Its probabilities would not be those that are learned."""
+    shutil.copytree(toy_folder, tmp_path / "model")
+    net = ARGenSegForConditionalGeneration.from_pretrained(toy_folder)
+    words = [3, net.config.gen_start_token_id, 4]
+    own = dict(min_p=0.2, no_repeat_ngram_size=2, picture_top_k=2, picture_top_p=0.5, picture_stop_at_scale=2)
+    own |= dict(picture_guidance_scale=1.0, picture_prefill="always", picture_answer_ids=words, do_sample=True)
+    set_picture_options(net, **own)
+    net.generation_config.save_pretrained(tmp_path / "model")
+    used, sample = [], ARGenSegForConditionalGeneration._sample
+
+    def spy(self: Any, input_ids: torch.Tensor, **options: Any) -> Any:
+        used.append((options["generation_config"], [type(one).__name__ for one in options["logits_processor"]]))
+        return sample(self, input_ids, **options)
+
+    monkeypatch.setattr(ARGenSegForConditionalGeneration, "_sample", spy)
+    grpo.main(quick("grpo", tmp_path / "model", data, tmp_path / "out"))
+    ((config, processors),) = used
+    assert processors == ["SuppressTokensLogitsProcessor"]
+    assert {name: getattr(config, name) for name in PICTURE_DEFAULTS} == PICTURE_DEFAULTS | {"picture_do_sample": True}
+    kept = ARGenSegForConditionalGeneration.from_pretrained(tmp_path / "out").generation_config
+    assert {name: getattr(kept, name) for name in own} == own
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_it_can_stay_near_the_model_that_it_began_with(adapters, toy_folder, data, tmp_path) -> None:
+    changes = dict(max_steps=3, beta=0.1, use_peft=adapters, lora_dropout=0.0)
+    recipe, training, model_args = grpo.make_parser().parse_args_and_config(
+        quick("grpo", toy_folder, data, tmp_path / "out", **changes)
+    )
+    trainer = grpo.prepare(recipe, training, model_args)
+    grpo.train(trainer)
+    first, *later = (entry["kl"] for entry in trainer.state.log_history if "kl" in entry)
+    assert abs(first) < 1e-6 and max(later) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "option", [("--repetition_penalty", "1.1"), ("--top_k", "5"), ("--top_p", "0.9"), ("--use_vllm", "true")]
+)
 def test_what_would_change_the_sampling_is_refused(option, toy_folder, data, tmp_path) -> None:
     with pytest.raises(SystemExit, match=f"{option[0]} does not go with masks"):
         grpo.main([*trl_command("grpo", toy_folder, data, tmp_path / "out"), *option])
