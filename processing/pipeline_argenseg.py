@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, GenerationConfig, Pipeline
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
@@ -242,15 +241,14 @@ class ARGenSegPipeline(Pipeline):
             return zoom_in(self.model, self.processor, conversations, answers, threshold, **options)
 
     def _encode(self, pictures: list[dict]) -> None:
-        """Image `features`, one tensor (tokens, hidden) a tile, for those images that have none yet, all at once."""
+        """Image `features`, one output a tile (see `_tiles_of`), for those images that have none yet, all at once."""
         new = list({id(picture): picture for picture in pictures if "features" not in picture}.values())
         if not new:
             return
         counts = [len(picture["pixel_values"]) for picture in new]
         with self.device_placement(), self.get_inference_context()():
             pixel_values = torch.cat([picture.pop("pixel_values") for picture in new]).to(self.device, self.dtype)
-            features = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
-        tiles = iter(features)  # a tensor (tiles, tokens, hidden) or a list of (tokens, hidden)
+            tiles = _tiles_of(self.model.get_image_features(pixel_values, return_dict=True))
         for picture, count in zip(new, counts, strict=True):
             picture["features"] = [next(tiles) for _ in range(count)]
 
@@ -312,9 +310,22 @@ def _as_it_is(picture: dict) -> dict:
     return picture
 
 
-def _as_inputs(features: list[torch.Tensor]) -> dict[str, Any]:
-    """Image features, one tensor (tokens, hidden) a tile, as an input of the model."""
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(features)[None])}}
+def _tiles_of(image: Any) -> Iterator[Any]:
+    """Image features tile by tile: `pooler_output` (tokens, hidden) and, of Qwen3-VL, `deepstack_features`, the same of
+    several layers, which the first layers of its language model read."""
+    layers = image.get("deepstack_features")
+    for number, features in enumerate(image.pooler_output):
+        deep = {} if layers is None else {"deepstack_features": [layer[number] for layer in layers]}
+        yield type(image)(pooler_output=features, **deep)
+
+
+def _as_inputs(tiles: list[Any]) -> dict[str, Any]:
+    """Image features, one output a tile, as an input of the model."""
+    whole = {"pooler_output": torch.cat([tile.pooler_output for tile in tiles])[None]}
+    if tiles[0].get("deepstack_features") is not None:
+        layers = zip(*(tile.deepstack_features for tile in tiles), strict=True)
+        whole["deepstack_features"] = [torch.cat(layer)[None] for layer in layers]
+    return {"mm_encoder_outputs": {"image": type(tiles[0])(**whole)}}
 
 
 def _is_one(inputs: Any) -> bool:

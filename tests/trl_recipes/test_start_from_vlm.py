@@ -179,6 +179,34 @@ def test_it_learns_to_draw_by_the_recipe_of_trl(kind, started, tmp_path):
     assert pipe.model.generation_config.picture_answer_ids == pipe.processor.picture_answer_ids
 
 
+@every_kind
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_the_pipeline_draws_what_generate_draws(kind, batch_size, started, monkeypatch):
+    """With random weights in its new parts, too, so that it draws anything at all."""
+    model, processor = load(started[kind])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.requires_grad else None
+    options = dict(picture_prefill="always", do_sample=False, max_new_tokens=12, return_dict_in_generate=True)
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    images = [Image.fromarray(noise), own_masks.photograph(0)]
+    texts, expected, found = ["it", "the other one"], [], []
+    for image in images:
+        chats = [processor.build_segmentation_conversation(image, text) for text in texts]
+        inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, add_generation_prompt=True)
+        expected += [row[0] for row in model.generate(**inputs, **options).picture_token_logprobs]
+    assert not torch.allclose(expected[0], expected[2], atol=1e-3)
+    pipe, generate = pipeline("image-segmentation", model=model, processor=processor), model.generate
+
+    def spy(**inputs):
+        outputs = generate(**inputs)
+        found.extend(row[0] for row in outputs.picture_token_logprobs)
+        return outputs
+
+    monkeypatch.setattr(model, "generate", spy)
+    pipe(images, text=[texts, texts], batch_size=batch_size, **options)
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 def changed(vlm: Path, folder: Path, file: str, **changes) -> Path:
     shutil.copytree(vlm, folder)
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
