@@ -49,7 +49,8 @@ def read_chat_format(tokenizer: Any, template: str, image: str, image_text: str,
     end = assistant_end[: min(found)] if found else ends[0]
     after["assistant"] = assistant_end.removeprefix(end)
     begin = _after(spoken, first + QUESTION + user_end)
-    shown = _around(render(user, blocks=[{"type": "image"}]), QUESTION)[0].removeprefix(first)
+    with_image, _ = _around(render(user, blocks=[{"type": "image"}]), QUESTION)
+    shown = _after(with_image, first) if image in with_image else ""
     return ChatFormat(
         before=before,
         after=after,

@@ -15,7 +15,6 @@ LLaVA 1.5 and the Qwen-VL family (Qwen2-VL, Qwen2.5-VL, Qwen3-VL) are of the kin
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ from transformers import (
     GenerationConfig,
     GotOcr2ImageProcessorPil,
     PreTrainedModel,
+    ProcessorMixin,
 )
-from transformers.utils import cached_file
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from modeling_argenseg.image_grid import MODEL_TYPES, patchify
@@ -152,17 +151,15 @@ def own_chat_template(vlm: str, tokenizer: Any) -> str:
     Raises:
         ValueError: it has no template, or one that this cannot be read off.
     """
-    template = tokenizer.chat_template
-    if template is None:  # older folders have it beside the processor
-        file = cached_file(vlm, "chat_template.json", _raise_exceptions_for_missing_entries=False)
-        template = None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    # that of the processor, which may differ from its tokenizer's and alone knows images then
+    template = ProcessorMixin.get_processor_dict(vlm)[0].get("chat_template") or tokenizer.chat_template
     if template is None:
         raise ValueError(f"{vlm} has no chat template: {GIVE_ONE}")
     start, end = (getattr(tokenizer, name, None) or "" for name in ("start_image_token", "end_image_token"))
     image = tokenizer.image_token
     try:
         chat = read_chat_format(tokenizer, template, image, start + image + end, [tokenizer.eos_token])
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:  # a TypeError where texts are not read in blocks
         raise ValueError(f"the chat format of {vlm} cannot be read off its template ({error}): {GIVE_ONE}") from error
     # some templates write it, for others the tokenizer does
     bos = tokenizer.bos_token

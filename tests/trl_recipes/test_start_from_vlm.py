@@ -228,6 +228,12 @@ def refused(arguments: list[str], message: str) -> None:
             "otherwise when something",
         ),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
+        ("{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}", "can only concatenate str"),
+        (  # an image between role and text, as llava-interleave writes it
+            "{% for m in messages %}{{ m['role'] + ' ' }}{% for b in m['content'] %}"
+            "{{ '\n' + b['text'] if b['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}",
+            "'user \\\\n' otherwise when something follows: 'user <image>",
+        ),
     ],
 )
 def test_a_template_that_does_more_is_refused(template, message, plain, pictures, tmp_path):
@@ -235,6 +241,13 @@ def test_a_template_that_does_more_is_refused(template, message, plain, pictures
     output = tmp_path / "out"
     refused(command(vlm, pictures, output), f"cannot be read off its template .*{message}.*--chat_template")
     assert not output.exists()
+
+
+def test_the_template_of_the_processor_goes_before_that_of_the_tokenizer(plain, pictures, tmp_path):
+    vlm = changed(plain["llava"], tmp_path / "vlm", "tokenizer_config.json", chat_template="{{ messages | length }}")
+    from_vlm.main(command(vlm, pictures, tmp_path / "out"))
+    conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]}]
+    assert load(tmp_path / "out")[1].apply_chat_template(conversation) == "<s>USER: <image>\nq "
 
 
 def test_a_template_of_ones_own(plain, pictures, tmp_path):
