@@ -94,7 +94,7 @@ def start_from_vlm(
         num_scales=model.config.num_scales,
     )
     check_words(plain, model, processor)
-    _complete(model.generation_config, tokenizer)
+    model.generation_config = _generation_config(model.generation_config, tokenizer)
     set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)
     return model, processor
 
@@ -223,12 +223,16 @@ def text_file(name: str) -> str:
         raise argparse.ArgumentTypeError(f"cannot read {name!r}: {error}") from error
 
 
-def _complete(config: GenerationConfig, tokenizer: Any) -> None:
-    """Text ends where the chat format ends it; without a limit of its own it is not cut after 20 tokens."""
-    ends = [] if config.eos_token_id is None else torch.tensor(config.eos_token_id).flatten().tolist()
-    config.update(eos_token_id=sorted({*ends, tokenizer.eos_token_id}), pad_token_id=tokenizer.pad_token_id)
-    if config.max_new_tokens is None:
-        config.max_new_tokens = MAX_NEW_TOKENS
+def _generation_config(own: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """Text ends where the chat format ends it; without a limit of its own it is not cut after 20 tokens. Whether a mask
+    is drawn is not left to chance: sampling and penalties, as Qwen-VL has them, are not taken over."""
+    ends = [] if own.eos_token_id is None else torch.tensor(own.eos_token_id).flatten().tolist()
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted({*ends, tokenizer.eos_token_id}),
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=own.max_new_tokens or MAX_NEW_TOKENS,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

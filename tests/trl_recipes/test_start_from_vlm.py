@@ -83,6 +83,18 @@ def test_the_tokens_of_pictures_follow_those_of_the_tokenizer(kind, plain, start
     assert processor.tokenizer.model_max_length == 512  # the language model's positions, not the tokenizer's 4096
 
 
+def test_answers_are_not_left_to_chance(plain, pictures, tmp_path):
+    """Sampling and penalties of a published vision-language model would also keep words from being read at once."""
+    own = dict(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.05, eos_token_id=[257, 256])
+    vlm = changed(plain["qwen3_vl"], tmp_path / "vlm", "generation_config.json", **own)
+    from_vlm.main(command(vlm, pictures, tmp_path / "out", "--image_size", "16"))
+    model, processor = load(tmp_path / "out")
+    config = model.generation_config
+    assert not config.do_sample and config.repetition_penalty is None and config.max_new_tokens == 256
+    assert config.eos_token_id == [256, 257, processor.tokenizer.eos_token_id]
+    assert config.picture_answer_ids == processor.picture_answer_ids
+
+
 @every_kind
 def test_images_are_squashed_not_cut(kind, plain, started):
     _, processor = load(started[kind])
