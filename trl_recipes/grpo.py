@@ -84,9 +84,15 @@ class MaskGRPOTrainer(MaskEvaluation, GRPOTrainer):
         net = self._own_model(self.model)
         own, net.generation_config = net.generation_config, GenerationConfig()
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            answers, logprobs = super()._generate_single_turn(*args, **kwargs)
         finally:
             net.generation_config = own
+        return [self._without_padding(ids) for ids in answers], logprobs
+
+    def _without_padding(self, ids: list[int]) -> list[int]:
+        """An answer that was cut, without what fills it up beside a longer one that draws: TRL takes that for text."""
+        is_text = ~self._own_model(self.model).config.is_visual(torch.tensor(ids))
+        return ids[: int((is_text.cumsum(0) <= self.max_completion_length).sum())]
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -178,6 +178,19 @@ def test_what_the_model_has_for_generating_does_not_bend_the_sampling(toy_folder
     assert {name: getattr(kept, name) for name in own} == own
 
 
+def test_padding_is_not_learned(toy_folder, data, tmp_path, monkeypatch) -> None:
+    """Of an answer that was cut, beside a longer one that draws; one that is cut at its picture keeps it."""
+    arguments = quick("grpo", toy_folder, data, tmp_path / "out", max_completion_length=4)
+    trainer = grpo.prepare(*grpo.make_parser().parse_args_and_config(arguments))
+    config, tokenizer = trainer.model.config, trainer.processor.tokenizer
+    picture = [config.gen_start_token_id, *range(config.visual_token_offset, config.visual_token_offset + T)]
+    answers = [[7] * 4, [7] * 3 + picture, [7] + picture + [7, tokenizer.eos_token_id], [7, tokenizer.eos_token_id]]
+    rows = [torch.tensor(answer) for answer in answers]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, padded], dim=1))
+    assert trainer._generate_single_turn([[5, 6]] * 4, None, {}, 4) == (answers, None)
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 def test_it_can_stay_near_the_model_that_it_began_with(adapters, toy_folder, data, tmp_path) -> None:
     changes = dict(max_steps=3, beta=0.1, use_peft=adapters, lora_dropout=0.0)
