@@ -42,7 +42,7 @@ from .mask_data.tokenising import target_masks
 from .mask_evaluation import evaluate_rows
 from .metrics import SegmentationMetrics
 from .picture_grid import picture_grid, save_picture
-from .resume import last_checkpoint, train_or_go_on
+from .resume import train_or_go_on, where_to_go_on
 from .run_settings import run_settings, start_run
 from .settings_files import write_whole
 
@@ -252,6 +252,7 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
+    where_to_go_on(training)  # or it says why not
     output = Path(training.output_dir or ".")
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
@@ -312,16 +313,16 @@ def train(trainer: MaskTrainer) -> Path:
     return save_merged(trainer.model, trainer.processor, output / "merged")
 
 
-def train_and_draw_curve(trainer: MaskEvaluation, resume_from: str | None = None) -> Path:
-    """Trains, or goes on, by default from the last checkpoint; in a new output the model is evaluated before.
+def train_and_draw_curve(trainer: MaskEvaluation) -> Path:
+    """Trains, or goes on (see `where_to_go_on`); in a new output the model is evaluated before.
 
     Returns:
         the output folder, in which the first process has drawn the learning curve.
     """
-    output, checkpoint = Path(trainer.args.output_dir), last_checkpoint(trainer.args.output_dir)
-    if checkpoint is None and trainer.args.eval_strategy != "no":
+    output = Path(trainer.args.output_dir)
+    if where_to_go_on(trainer.args) is None and trainer.args.eval_strategy != "no":
         print("before training:", show_metrics(trainer.evaluate()))
-    train_or_go_on(trainer, resume_from or checkpoint)
+    train_or_go_on(trainer)
     if trainer.is_world_process_zero():
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 TORCH_FILES = (".pt", ".pth", ".bin")
@@ -52,11 +52,20 @@ def _is_cut_off(path: Path) -> bool:
     return False
 
 
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """Raises ValueError: what was named to go on from is no checkpoint, or a broken one."""
-    flaw = flaw_of(Path(checkpoint))
+def where_to_go_on(training: TrainingArguments) -> str | None:
+    """The checkpoint that a run goes on from: that of `--resume_from_checkpoint`, or the last whole one of its output
+    folder; None where it begins. Asked before a run is prepared, it spares the wait for an error.
+
+    Raises:
+        ValueError: what is named is no checkpoint, or a broken one.
+    """
+    named = training.resume_from_checkpoint
+    if named is None:
+        return last_checkpoint(training.output_dir or ".")
+    flaw = flaw_of(Path(named))
     if flaw is not None:
-        raise ValueError(f"{checkpoint} is no whole checkpoint ({flaw}): go on from another one")
+        raise ValueError(f"{named} is no whole checkpoint ({flaw}): go on from another one")
+    return named
 
 
 def _tell_of_broken(output: Path, used: str | None) -> None:
@@ -68,14 +77,15 @@ def _tell_of_broken(output: Path, used: str | None) -> None:
             print(f"{path} is broken ({flaw}) and passed over: the run {instead}")
 
 
-def train_or_go_on(trainer: Trainer, checkpoint: str | None) -> None:
+def train_or_go_on(trainer: Trainer) -> None:
     """Trains, from a checkpoint if there is one. A run that has all its steps behind it only loads what it ends with:
     `Trainer` would take one more step, each time.
 
     Steps that are a share of the run (`--eval_steps 0.25`) are written out, as they stand in a checkpoint. Broken
     checkpoints after the one that is used are told.
     """
-    if trainer.is_world_process_zero():
+    checkpoint = where_to_go_on(trainer.args)
+    if trainer.is_world_process_zero() and trainer.args.resume_from_checkpoint is None:
         _tell_of_broken(Path(trainer.args.output_dir), checkpoint)
     if checkpoint is None:
         trainer.train()

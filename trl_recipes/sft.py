@@ -43,7 +43,7 @@ from .lora import (
 )
 from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
-from .resume import check_checkpoint
+from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
 
 with needing("train", __name__):
@@ -135,8 +135,7 @@ def begin(
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
-    if training.resume_from_checkpoint is not None:
-        check_checkpoint(training.resume_from_checkpoint)
+    where_to_go_on(training)  # or it says why not
     training.remove_unused_columns = False  # images are opened late
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
@@ -201,7 +200,7 @@ def sft_settings(recipe: SFTMaskArguments, config: PeftConfig | None) -> dict[st
 def train(trainer: MaskEvaluation) -> Path:
     """Trains, goes on where a run was stopped, and saves: the whole model, or the adapters and, where the weights are
     not quantised, `merged/`. Returns the folder to load."""
-    output = train_and_draw_curve(trainer, trainer.args.resume_from_checkpoint)
+    output = train_and_draw_curve(trainer)
     trainer.save_model(output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -38,7 +38,7 @@ from .evaluation.answers import evaluate_expressions
 from .help_format import Help
 from .mask_regions import MaskRegions, shares_of_queries
 from .pretrained_vision import find_weights
-from .resume import last_checkpoint, train_or_go_on
+from .resume import train_or_go_on, where_to_go_on
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
@@ -327,6 +327,7 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
     refuse_many_processes(training)
     refuse_ignored(training, IGNORED, "the optimizer is Muon and AdamW, the learning rate falls in a straight line")
     check_minutes(recipe.minutes)
+    where_to_go_on(training)  # or it says why not
     check_numbers(recipe, LEAST, ("slips", "unfamiliar"))
     training.remove_unused_columns = False
     training.train_sampling_strategy = "sequential"  # the curriculum is in the order; scenes never repeat anyway
@@ -377,7 +378,7 @@ def main(recipe: SceneArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     with errors_in_a_line():
         trainer = prepare(recipe, training)
-    train_or_go_on(trainer, last_checkpoint(output))
+    train_or_go_on(trainer)
     trainer.encoder.to("cpu")  # and with it the processor's visual tokenizer
     trainer.save_model(output)
     trainer.processor.save_pretrained(output)

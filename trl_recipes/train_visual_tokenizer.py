@@ -40,7 +40,7 @@ from .codebook import assign, fit_codebook, follow, revive
 from .command_line import errors_in_a_line
 from .help_format import Help
 from .masks import MaskPictures, compose_masks, find_photos
-from .resume import last_checkpoint, train_or_go_on
+from .resume import train_or_go_on, where_to_go_on
 from .searched_tokens import searched_tokens
 from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
 from .visual_tokenizers import load_visual_tokenizer
@@ -371,6 +371,7 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
     refuse_many_processes(training)
     refuse_ignored(training, IGNORED, "each phase has a warm-up and a cosine of its own")
     check_minutes(recipe.minutes)
+    where_to_go_on(training)  # or it says why not
     check_numbers(recipe, LEAST, ("photo_share", "scale_dropout"))
     if recipe.search_steps and (not recipe.decoder_only or recipe.photos):
         raise ValueError("--search_steps goes with --decoder_only True and without --photos: it is for masks, once")
@@ -423,7 +424,7 @@ def main(recipe: TokenizerArguments, training: TrainingArguments) -> None:
     output = Path(training.output_dir)
     with errors_in_a_line():
         trainer = prepare(recipe, training)
-    train_or_go_on(trainer, last_checkpoint(output))
+    train_or_go_on(trainer)
     round_to_half(trainer.model)
     trainer.evaluate()
     trainer.model.save_pretrained(output)

@@ -173,6 +173,7 @@ def test_several_processes_or_gpus_are_refused(command, several, bank_folder, tm
         ("text_tokenizer", "t", "--text_tokenizer would"),
         ("text_scenes", 20, "--text_scenes would"),
         ("pretrained_trunk", False, "--pretrained_trunk would .* its trunk"),
+        ("resume_from_checkpoint", "nowhere", "nowhere is no whole checkpoint"),
     ],
 )
 def test_options_that_the_scene_recipe_cannot_follow(name, value, told, bank_folder, tmp_path):
@@ -191,6 +192,7 @@ def test_options_that_the_scene_recipe_cannot_follow(name, value, told, bank_fol
         ("lr_scheduler_type", "constant", "--lr_scheduler_type would change nothing: each phase"),
         ("warmup_steps", 5, "--warmup_steps would change nothing"),
         ("max_steps", -1, "--max_steps"),
+        ("resume_from_checkpoint", "nowhere", "nowhere is no whole checkpoint"),
     ],
 )
 def test_options_that_the_visual_tokenizers_recipe_cannot_follow(name, value, told, bank_folder, tmp_path):

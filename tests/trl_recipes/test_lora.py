@@ -288,6 +288,7 @@ def test_without_validation_data_images_are_set_aside(data):
         ({"eval_steps": 0.25, "save_steps": 0.1}, r"--save_steps 0\.25.*--load_best_model_at_end False"),
         ({"eval_steps": 2, "save_steps": 1}, "--save_steps 2"),
         ({"eval_strategy": "no"}, "--save_strategy as --eval_strategy"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere is no whole checkpoint"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(known_folder, data, tmp_path, changes, message):
