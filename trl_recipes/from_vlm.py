@@ -89,7 +89,7 @@ def start_from_vlm(
         ),
         tokenizer,
         pictures,
-        chat_template=chat_template or own_chat_template(vlm, tokenizer),
+        chat_template=chat_template or own_chat_template(vlm, tokenizer, _ends(plain.generation_config)),
         image_seq_length=count_image_tokens(model, height, width),
         num_scales=model.config.num_scales,
     )
@@ -145,8 +145,11 @@ def image_geometry(config: Any, image_size: int | None = None) -> tuple[tuple[in
     return (height, width), None
 
 
-def own_chat_template(vlm: str, tokenizer: Any) -> str:
+def own_chat_template(vlm: str, tokenizer: Any, ends: list[int]) -> str:
     """The chat format of a vision-language model with a place for masks.
+
+    Args:
+        ends: ids of tokens that end an answer, beside the tokenizer's own.
 
     Raises:
         ValueError: it has no template, or one that this cannot be read off.
@@ -158,7 +161,8 @@ def own_chat_template(vlm: str, tokenizer: Any) -> str:
     start, end = (getattr(tokenizer, name, None) or "" for name in ("start_image_token", "end_image_token"))
     image = tokenizer.image_token
     try:
-        chat = read_chat_format(tokenizer, template, image, start + image + end, [tokenizer.eos_token])
+        end_tokens = [tokenizer.eos_token, *filter(None, tokenizer.convert_ids_to_tokens(ends))]
+        chat = read_chat_format(tokenizer, template, image, start + image + end, end_tokens)
     except (TemplateError, TypeError, ValueError) as error:  # a TypeError where texts are not read in blocks
         raise ValueError(f"the chat format of {vlm} cannot be read off its template ({error}): {GIVE_ONE}") from error
     # some templates write it, for others the tokenizer does
@@ -223,13 +227,16 @@ def text_file(name: str) -> str:
         raise argparse.ArgumentTypeError(f"cannot read {name!r}: {error}") from error
 
 
+def _ends(config: GenerationConfig) -> list[int]:
+    return [] if config.eos_token_id is None else torch.tensor(config.eos_token_id).flatten().tolist()
+
+
 def _generation_config(own: GenerationConfig, tokenizer: Any) -> GenerationConfig:
     """Text ends where the chat format ends it; without a limit of its own it is not cut after 20 tokens. Whether a mask
     is drawn is not left to chance: sampling and penalties, as Qwen-VL has them, are not taken over."""
-    ends = [] if own.eos_token_id is None else torch.tensor(own.eos_token_id).flatten().tolist()
     return GenerationConfig(
         bos_token_id=own.bos_token_id,
-        eos_token_id=sorted({*ends, tokenizer.eos_token_id}),
+        eos_token_id=sorted({*_ends(own), tokenizer.eos_token_id}),
         pad_token_id=tokenizer.pad_token_id,
         max_new_tokens=own.max_new_tokens or MAX_NEW_TOKENS,
     )

@@ -152,6 +152,20 @@ def test_what_the_assistant_says_is_marked_with_its_end(kind, started):
     assert bos is None or (inputs["input_ids"][0] == bos).sum() == 1
 
 
+def test_an_answer_ends_as_the_generation_configuration_says(plain, pictures, tmp_path):
+    """A tokenizer may call another token the end of text than the one that ends a turn."""
+    vlm = changed(plain["internvl"], tmp_path / "vlm", "tokenizer_config.json", eos_token="<|endoftext|>")
+    tokenizer = AutoTokenizer.from_pretrained(vlm)
+    turn, text = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    settings = json.loads((vlm / "generation_config.json").read_text()) | {"eos_token_id": [turn]}
+    (vlm / "generation_config.json").write_text(json.dumps(settings))
+    from_vlm.main(command(vlm, pictures, tmp_path / "out"))
+    model, processor = load(tmp_path / "out")
+    conversation = processor.build_segmentation_conversation(own_masks.photograph(0), "it", "mask.png")
+    assert processor.apply_chat_template(conversation).endswith("Sure, the segmentation result: <mask>.<|im_end|>\n")
+    assert model.generation_config.eos_token_id == sorted([turn, text])
+
+
 @every_kind
 def test_it_says_in_words_what_it_said(kind, plain, started):
     before = AutoModelForImageTextToText.from_pretrained(plain[kind]).eval()
