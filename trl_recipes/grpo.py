@@ -232,6 +232,7 @@ def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelCon
         "picture_do_sample": True,
         "picture_temperature": training.temperature,
         "picture_logit_adjustment": picture_logit_adjustment(model),
+        "suppress_tokens": [model.config.image_token_id],  # the newest TRL does so by itself
     }
     rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
     requests = requests_of(rows, processor)

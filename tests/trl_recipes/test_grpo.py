@@ -1,6 +1,7 @@
 """Reinforcement learning on masks: probabilities are those of sampling, the reward is evaluation's, and it learns."""
 
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from own_masks import trl_command
 from tiny import CAT, DOG, DONE, EOS, GEN_START, SURE, T, left_padded, stream
+from trl import GRPOTrainer
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from modeling_argenseg.generation_argenseg import PICTURE_DEFAULTS
@@ -188,7 +190,10 @@ def test_padding_is_not_learned(toy_folder, data, tmp_path, monkeypatch) -> None
     rows = [torch.tensor(answer) for answer in answers]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     monkeypatch.setattr(trainer.model, "generate", lambda input_ids, **_: torch.cat([input_ids, padded], dim=1))
-    assert trainer._generate_single_turn([[5, 6]] * 4, None, {}, 4) == (answers, None)
+    count = (
+        {"num_generations": 4} if "num_generations" in signature(GRPOTrainer._generate_single_turn).parameters else {}
+    )
+    assert trainer._generate_single_turn([[5, 6]] * 4, None, {}, **count) == (answers, None)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
