@@ -11,7 +11,8 @@ from jinja2 import TemplateError
 
 from processing.chat_template import ChatFormat
 
-QUESTION, ANSWER, NEXT, SYSTEM = "QUESTION", "ANSWER", "NEXT", "SYSTEM"
+# what no template writes by itself
+QUESTION, ANSWER, NEXT, SYSTEM = "the-question", "the-answer", "what-comes-next", "the-system-message"
 
 
 def read_chat_format(tokenizer: Any, template: str, image: str, image_text: str, ends: Sequence[str]) -> ChatFormat:

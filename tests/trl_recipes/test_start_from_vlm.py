@@ -300,6 +300,7 @@ END = "{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}{% if add_ge
     [
         (SYSTEM + TURNS + TEXTS + END, True, "[#]"),  # a default system message, an image where it stands
         (TURNS + TEXTS + END, True, "[#]"),
+        (TURNS.replace("'S:'", "'SYSTEM: '").replace("'U:'", "'QUESTION: '") + TEXTS + END, True, "[#]"),
         ("{{ raise_exception('no') if messages[0]['role'] == 'system' }}" + TURNS + TEXTS + END, False, "[#]"),
         (TURNS + TEXTS.replace("'#'", "''") + END, True, "[#]\n"),  # images are not written at all
     ],
