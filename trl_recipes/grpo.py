@@ -27,15 +27,18 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from .command_line import errors_in_a_line, needing
+from processing.zoom import generate_option
+
+from .command_line import needing
 from .evaluation.answers import union
-from .lora import MaskEvaluation, load_data, report
+from .lora import MaskEvaluation, load_data
 from .mask_data import conversation_of, target_masks
 from .mask_data.mask_values import union_of
 from .mask_data.samples import BadSample
 from .metrics import SegmentationMetrics
 from .run_settings import run_settings, start_run
-from .sft import RESULTS, SFTMaskArguments, begin, sft_settings, tell_sizes, train
+from .sft import RESULTS, SFTMaskArguments, begin, run, sft_settings, tell_sizes
+from .training_options import refuse
 
 with needing("train", __name__):
     from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
@@ -50,7 +53,7 @@ REFUSED = (
     "generation_kwargs",
     "cast_lm_head_to_fp32",
     "sync_ref_model",
-)  # unless as they are at first
+)
 SETTINGS = (
     "num_generations", "max_completion_length", "mask_truncated_completions", "steps_per_generation", "num_iterations",
     "temperature", "beta", "loss_type", "scale_rewards", "epsilon", "importance_sampling_level",
@@ -161,7 +164,7 @@ def answer_log_probs(
 
 
 def picture_logit_adjustment(model: Any) -> float:
-    return getattr(model.generation_config, "picture_logit_adjustment", None) or 0.0
+    return generate_option(model, {}, "picture_logit_adjustment") or 0.0
 
 
 def _log_frequencies(model: Any) -> torch.Tensor:
@@ -224,9 +227,7 @@ def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelCon
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
-    for name in REFUSED:
-        if getattr(training, name) != GRPOConfig.__dataclass_fields__[name].default:
-            raise ValueError(f"--{name} does not go with masks that are drawn by the model itself: leave it out")
+    refuse(training, REFUSED, "does not go with masks that are drawn by the model itself")
     model, processor, config = begin(recipe, training, model_args)
     training.generation_kwargs = {
         "picture_do_sample": True,
@@ -261,10 +262,7 @@ def make_parser() -> TrlParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    recipe, training, model_args = make_parser().parse_args_and_config(arguments)
-    with errors_in_a_line():
-        trainer = prepare(recipe, training, model_args)
-    report(trainer, train(trainer))
+    run(make_parser(), prepare, arguments)
 
 
 if __name__ == "__main__":

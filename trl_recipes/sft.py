@@ -21,6 +21,7 @@ where `--lora_target_modules` does not say otherwise: names such as q_proj would
 """
 
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
+from .training_options import refuse
 
 with needing("train", __name__):
     from trl import (
@@ -57,6 +59,7 @@ with needing("train", __name__):
     )
 
 RESULTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "merged")  # of a run
+REFUSED = ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
 
@@ -153,9 +156,7 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
-    for name in ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel"):
-        if getattr(training, name):
-            raise ValueError(f"--{name} does not go with rows that are tokenised before training: leave it out")
+    refuse(training, REFUSED, "does not go with rows that are tokenised before training")
     training.max_length = None  # a picture cannot be cut
     model, processor, config = begin(recipe, training, model_args)
     output = Path(training.output_dir)
@@ -214,11 +215,16 @@ def make_parser() -> TrlParser:
     return TrlParser(kinds, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    recipe, training, model_args = make_parser().parse_args_and_config(arguments)
+def run(parser: TrlParser, prepare: Callable[..., MaskEvaluation], arguments: list[str] | None) -> None:
+    """What the command line says: prepares a trainer, trains and reports."""
+    recipe, training, model_args = parser.parse_args_and_config(arguments)
     with errors_in_a_line():
         trainer = prepare(recipe, training, model_args)
     report(trainer, train(trainer))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run(make_parser(), prepare, arguments)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def refuse_many_processes(training: TrainingArguments) -> None:
         )
 
 
-def refuse_ignored(options: Any, names: Sequence[str], instead: str) -> None:
-    """For options (fields of a dataclass) that a command does not follow, because it has its own way.
+def refuse(options: Any, names: Sequence[str], why: str) -> None:
+    """For options (fields of a dataclass) that do not go with what a command does.
 
     Raises:
         ValueError: one of them is given, and not as it is anyway.
@@ -29,7 +29,12 @@ def refuse_ignored(options: Any, names: Sequence[str], instead: str) -> None:
     usual = {one.name: one.default for one in fields(options)}
     given = [f"--{name}" for name in names if getattr(options, name) != usual[name]]
     if given:
-        raise ValueError(f"{', '.join(given)} would change nothing: {instead}; leave it out")
+        raise ValueError(f"{', '.join(given)} {why}; leave it out")
+
+
+def refuse_ignored(options: Any, names: Sequence[str], instead: str) -> None:
+    """`refuse` for options that a command does not follow, because it has its own way."""
+    refuse(options, names, f"would change nothing: {instead}")
 
 
 def check_numbers(recipe: Any, least: dict[str, int], shares: Sequence[str] = ()) -> None:
