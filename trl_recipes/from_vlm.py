@@ -32,9 +32,10 @@ from transformers import (
 )
 
 from modeling_argenseg import ARGenSegForConditionalGeneration
+from modeling_argenseg.from_vlm import NEEDED
 from modeling_argenseg.image_grid import MODEL_TYPES, patchify
 from processing import ARGenSegProcessor
-from processing.chat_template import make_chat_template
+from processing.chat_template import adds_bos, make_chat_template
 
 from .chat_format import read_chat_format
 from .command_line import errors_in_a_line, loading
@@ -167,9 +168,8 @@ def own_chat_template(vlm: str, tokenizer: Any, ends: list[int]) -> str:
         raise ValueError(f"the chat format of {vlm} cannot be read off its template ({error}): {GIVE_ONE}") from error
     # some templates write it, for others the tokenizer does
     bos = tokenizer.bos_token
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     written = bos is not None and (chat.opening + chat.before["user"]).startswith(bos)
-    return make_chat_template(chat, with_bos=adds_bos and not written)
+    return make_chat_template(chat, with_bos=adds_bos(tokenizer) and not written)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def check_words(plain: PreTrainedModel, model: ARGenSegForConditionalGeneration,
     if not difference < LARGEST_DIFFERENCE:
         raise ValueError(
             f"{type(plain).__name__} cannot be built on: asked about an image, its logits differ by {difference:.0%} "
-            "from what they were. InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
+            f"from what they were. {NEEDED}"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from string import Template
+from typing import Any
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
 START_IMAGE_TOKEN = "<img>"
@@ -91,6 +92,12 @@ CHAT_TEMPLATE = Template("""\
     {{- before['assistant'] -}}
 {%- endif -%}
 """)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a beginning-of-sequence token before what it is given."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def make_chat_template(chat: ChatFormat, mask: str = MASK_TOKEN, with_bos: bool = False) -> str:

@@ -15,6 +15,7 @@ from .configuration_argenseg import ARGenSegConfig
 from .image_grid import MODEL_TYPES
 from .var_tokenizer import VARTokenizer
 
+NEEDED = "InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
 FULL_ATTENTION = "full_attention"
 GIVEN = {"self", "pixel_values", "kwargs"}
 UNKNOWN_INPUTS = {"image_grid_thw", "pixel_attention_mask", "spatial_shapes"}  # optional by name, but needed
@@ -40,12 +41,12 @@ def check_vlm(vlm: nn.Module, image_grid: list[int] | None = None) -> None:
     if needed := needed - GIVEN - ({"image_grid_thw"} if has_grid else set()):
         raise ValueError(
             f"{kind} cannot be built on: its image features need {', '.join(sorted(needed))} beside pixel_values. "
-            "InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
+            f"{NEEDED}"
         )
     if "token_type_ids" in inspect.signature(vlm.forward).parameters:
         raise ValueError(
             f"{kind} cannot be built on: tokens of an image see those after them there (token_type_ids), and here "
-            "only those before. InternVL, LLaVA and Qwen-VL are models of the kind that is needed"
+            f"only those before. {NEEDED}"
         )
     window = getattr(text_config, "sliding_window", None)
     layers = getattr(text_config, "layer_types", None) or [FULL_ATTENTION if window is None else "sliding_attention"]
@@ -159,4 +160,4 @@ def _with_mean_rows(old: torch.Tensor, first: int, size: int) -> torch.Tensor:
     return new
 
 
-__all__ = ["FromVLMMixin", "check_vlm"]
+__all__ = ["FULL_ATTENTION", "NEEDED", "FromVLMMixin", "check_vlm"]

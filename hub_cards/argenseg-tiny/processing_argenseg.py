@@ -25,7 +25,14 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import cached_file
 
-from .chat_template import END_IMAGE_TOKEN, IMAGE_TOKEN, START_IMAGE_TOKEN, internvl_format, make_chat_template
+from .chat_template import (
+    END_IMAGE_TOKEN,
+    IMAGE_TOKEN,
+    START_IMAGE_TOKEN,
+    adds_bos,
+    internvl_format,
+    make_chat_template,
+)
 from .conversation_argenseg import collect_contents, segmentation_conversation
 from .image_inputs import load_image, split_rows
 from .picture_stream import PictureVocabulary
@@ -107,7 +114,6 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         if "{prompt}" not in segmentation_prompt or "{mask}" not in segmentation_answer:
             raise ValueError("segmentation_prompt must hold {prompt}, and segmentation_answer {mask}")
         if chat_template is None:
-            first = tokenizer("a")["input_ids"][:1]
             chat_template = make_chat_template(
                 internvl_format(
                     self.image_token,
@@ -115,7 +121,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
                     _special_token(tokenizer, "end_image_token", END_IMAGE_TOKEN),
                 ),
                 mask_marker,
-                with_bos=tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id],
+                with_bos=adds_bos(tokenizer),
             )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 

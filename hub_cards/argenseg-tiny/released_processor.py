@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, GotOcr2ImageProcessorPil, PreTra
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
-from .chat_template import internvl_format, make_chat_template
+from .chat_template import adds_bos, internvl_format, make_chat_template
 from .released_tokenizer import load_released_tokenizer
 
 MODEL_TYPE = "internvl_chat"
@@ -73,10 +73,7 @@ def released_processor_parts(folder: Path, vq_model: PreTrainedModel | None = No
         "tokenizer": tokenizer,
         "vq_model": vq_model,
         # a conversation without a system message gets InternVL's own
-        "chat_template": make_chat_template(
-            internvl_format(system=SYSTEM_MESSAGE),
-            with_bos=tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
-        ),
+        "chat_template": make_chat_template(internvl_format(system=SYSTEM_MESSAGE), with_bos=adds_bos(tokenizer)),
         "image_seq_length": int(grid) ** 2,
         "mask_resize_sizes": [MASK_SIDE] if picture_side == MASK_SIDE else [MASK_SIDE, picture_side],
         "segmentation_prompt": SEGMENTATION_PROMPT,
