@@ -119,9 +119,16 @@ def find_model(name: str) -> str:
 
 @torch.no_grad()
 def ask(
-    model: Any, processor: Any, image: Image.Image, prompt: str, max_new_tokens: int | None = None, zoom: bool = False
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    zoom: bool = False,
+    follow_edges: bool | None = None,
 ) -> Answer:
-    """Ask for a mask of `prompt`. `max_new_tokens` counts text; None leaves it to the model's own setting.
+    """Ask for a mask of `prompt`. `max_new_tokens` counts text; None leaves it, and `follow_edges`, to the model's own
+    setting.
 
     Raises:
         InputError: the prompt does not fit into the model's context.
@@ -137,10 +144,16 @@ def ask(
     length = inputs["input_ids"].shape[1]
     options = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     outputs = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
-    size = image.size[::-1]
-    results = processor.post_process_segmentation(outputs, target_sizes=[size], labels=[prompt], prompt_length=length)
+    results = processor.post_process_segmentation(
+        outputs,
+        images=[image],
+        labels=[prompt],
+        prompt_length=length,
+        follow_edges=False if zoom else follow_edges,
+    )
     if zoom:
-        results = zoom_in(model, processor, [conversation], results, do_sample=False, **options)
+        asked = [conversation]
+        results = zoom_in(model, processor, asked, results, follow_edges=follow_edges, do_sample=False, **options)
     result = results[0]
     seconds = time.perf_counter() - start
     masks = [segment["mask"] for segment in result["segments"]]
@@ -375,6 +388,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one, else cpu)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
     add("--zoom", action="store_true", help="draw every mask again from nearer: finer, and slower")
+    add(
+        "--follow-edges", action=argparse.BooleanOptionalAction, help="masks follow the edges of the image (default: "
+        "as the model's processor says)",
+    )  # fmt: skip
     add("--max-new-tokens", type=int, metavar="N", help="text tokens an answer may have; pictures do not count")
     return parser
 
@@ -422,7 +439,8 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{arguments.image}: {image.width}x{image.height} pixels; {len(arguments.prompts)} prompt(s) on {device}")
     answers = []
     for index, prompt in enumerate(arguments.prompts):
-        answers.append(ask(model, processor, image, prompt.strip(), arguments.max_new_tokens, arguments.zoom))
+        how = {name: getattr(arguments, name) for name in ("max_new_tokens", "zoom", "follow_edges")}
+        answers.append(ask(model, processor, image, prompt.strip(), **how))
         print(report(index, answers[-1]), flush=True)
     about = {"model": arguments.model, "image": arguments.image, "width": image.width, "height": image.height}
     write(arguments.output, image, answers, about, model.config.patch_nums)

@@ -80,6 +80,7 @@ class ARGenSegPipeline(Pipeline):
         threshold: float | None = None,
         mask_threshold: float | None = None,
         zoom: bool | None = None,
+        follow_edges: bool | None = None,
         generate_kwargs: dict | None = None,
         **kwargs: Any,
     ) -> tuple[dict, dict, dict]:
@@ -96,6 +97,8 @@ class ARGenSegPipeline(Pipeline):
         if mask_threshold is not None:
             check_threshold(mask_threshold)
             forward["mask_threshold"] = mask_threshold
+        if follow_edges is not None:
+            forward["follow_edges"] = follow_edges
         postprocess = {"multi_mask": multi_mask, "threshold": threshold}
         given = {name: value for name, value in postprocess.items() if value is not None}
         preprocess = {"text": text, "zoom": zoom}
@@ -115,6 +118,8 @@ class ARGenSegPipeline(Pipeline):
             mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
             zoom: draw every mask again from nearer, which makes it finer and takes about three times as long; see
                 `zoom_in`. Default False.
+            follow_edges: whether masks follow the edges of the image, see `decode_masks`. Default: as the processor
+                says.
             generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
             batch_size: requests (image and prompt) that are answered together. Default: the prompts of one image, at
                 most 8 at once.
@@ -181,15 +186,15 @@ class ARGenSegPipeline(Pipeline):
 
         Returns:
             `pixel_values` (tiles, 3, H, W), `input_ids` (one tensor (L,) for each prompt), `labels` (the prompts),
-            `size` (height, width) of the upright image, and `answers`, empty, to be filled in the order of the prompts.
-            To zoom in also `conversations`, one for each prompt.
+            `image` (upright), and `answers`, empty, to be filled in the order of the prompts. To zoom in also
+            `conversations`, one for each prompt.
         """
         prompts = text if item.get("text") is None else item["text"]
         if prompts is None:
             raise ValueError('say what to segment: pipe(image, text="the red mug")')
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         image = load_image(item["image"])
-        picture: dict[str, Any] = {"labels": prompts, "size": image.size[::-1], "answers": []}
+        picture: dict[str, Any] = {"labels": prompts, "image": image, "answers": []}
         if not prompts:
             return picture
         conversations = [self.processor.build_segmentation_conversation(image, prompt) for prompt in prompts]
@@ -207,7 +212,7 @@ class ARGenSegPipeline(Pipeline):
         `generate` are prepared here, once."""
         self._encode([picture for picture, _ in requests])
         options = dict(forward_params)
-        threshold = options.pop("mask_threshold", 0.5)
+        threshold, follow_edges = options.pop("mask_threshold", 0.5), options.pop("follow_edges", None)
         options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
         if generate_option(self.model, options, "num_return_sequences") not in (None, 1):
             raise ValueError("the pipeline gives one answer to each prompt; for several samples call model.generate")
@@ -222,23 +227,23 @@ class ARGenSegPipeline(Pipeline):
         outputs = self.forward({**inputs, "image": self._image_inputs(requests)}, **options)
         answers = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
-            target_sizes=[picture["size"] for picture, _ in requests],
+            images=[picture["image"] for picture, _ in requests],
             labels=[picture["labels"][number] for picture, number in requests],
             threshold=threshold,
             prompt_length=inputs["input_ids"].shape[1],
             stop_at_scale=generate_option(self.model, options, "picture_stop_at_scale"),
+            follow_edges=False if zoom else follow_edges,
         )
         if zoom:
-            answers = self._zoom_in(requests, answers, threshold, options)
+            options |= {"threshold": threshold, "follow_edges": follow_edges}
+            answers = self._zoom_in(requests, answers, **options)
         for (picture, _), answer in zip(requests, answers, strict=True):
             picture["answers"].append(answer["segments"])
 
-    def _zoom_in(
-        self, requests: list[tuple[dict, int]], answers: list[dict], threshold: float, options: dict[str, Any]
-    ) -> list[dict]:
+    def _zoom_in(self, requests: list[tuple[dict, int]], answers: list[dict], **options: Any) -> list[dict]:
         conversations = [picture["conversations"][number] for picture, number in requests]
         with self.device_placement(), self.get_inference_context()():
-            return zoom_in(self.model, self.processor, conversations, answers, threshold, **options)
+            return zoom_in(self.model, self.processor, conversations, answers, **options)
 
     def _encode(self, pictures: list[dict]) -> None:
         """Image `features`, one output a tile (see `_tiles_of`), for those images that have none yet, all at once."""

@@ -298,7 +298,8 @@ def test_lines_of_other_settings_have_other_names(tmp_path):
     usual = {"preset": "full", "seed": 2026, "expressions": 1000}
     settings = [
         {"options": usual},
-        {"options": usual, "zoom": True},
+        {"options": usual, "zoom": True, "follow_edges": False},
+        {"options": usual, "zoom": True, "follow_edges": True},
         {"options": usual | {"seed": 7, "preset": "easy"}},
         {"options": usual, "dtype": "bfloat16"},
     ]
@@ -310,7 +311,8 @@ def test_lines_of_other_settings_have_other_names(tmp_path):
         result["name"].removeprefix("scenes, test, per-expression")
         for result in hub_card.results_table(paths)["results"]
     ]
-    assert names == [", dtype=float32", ", zooming in", ", preset=easy, seed=7", ", dtype=bfloat16"]
+    edges = ", zooming in, masks following the edges of the image"
+    assert names == [", dtype=float32", ", zooming in", edges, ", preset=easy, seed=7", ", dtype=bfloat16"]
     with pytest.raises(ValueError, match=r"0.json and .*0.json are both 'scenes, test, per-expression'"):
         hub_card.results_table([paths[0], paths[0]])
 

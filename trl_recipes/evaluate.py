@@ -71,6 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=16, metavar="N", help="samples answered together (default: 16)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
     add("--zoom", action="store_true", help="draw every mask again from nearer: finer, slower, and not the paper's way")
+    add(
+        "--follow-edges", action=argparse.BooleanOptionalAction, help="masks follow the edges of their image, which is "
+        "not the paper's way either (default: as the model's processor says)",
+    )  # fmt: skip
     add("--max-new-tokens", type=int, metavar="N", help="text tokens an answer may have; pictures do not count")
     add(
         "--cpu-threads", type=int, default=1, metavar="N", help="threads of each process on a CPU (default: 1; sums of "
@@ -155,8 +159,9 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         if any(name not in store for name in samples.ids) and len(answered_by(folder / "run.json", code())) > 1:
             print("going on with another commit or other versions than before; the result says so", file=sys.stderr)
     store.open_for(state.process_index)
-    options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
-    predictor = ModelPredictor.for_task(model, processor, task, source.protocol, zoom=args.zoom, **options)
+    options = {"zoom": args.zoom, "follow_edges": settings["follow_edges"]}
+    options |= {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    predictor = ModelPredictor.for_task(model, processor, task, source.protocol, **options)
     rank, processes = state.process_index, state.num_processes
     predict(predictor, samples, store, args.batch_size, rank, processes, progress=state.is_main_process)
     store.close()
@@ -247,6 +252,7 @@ def run_settings(
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
         "zoom": args.zoom,
+        "follow_edges": processor.follow_edges if args.follow_edges is None else args.follow_edges,
         "device": device.type,
         "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
     }

@@ -60,6 +60,7 @@ def export(
     output: str | Path,
     picture_logit_adjustment: float | None = None,
     search_steps: int | None = None,
+    follow_edges: bool | None = None,
 ) -> Path:
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`.
 
@@ -77,6 +78,8 @@ def export(
     if search_steps is not None:
         for config in (model.config.visual_tokenizer_config, processor.visual_tokenizer.config):
             config.search_steps = search_steps
+    if follow_edges is not None:
+        processor.follow_edges = follow_edges
     model.save_pretrained(output, save_original_format=False)
     processor.save_pretrained(output)
     for folder, exact in ((output, ".quantizer."), (output / "visual_tokenizer", "")):
@@ -93,13 +96,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--picture-logit-adjustment", type=float, help="default of the model's `generate` (chosen on validation scenes)"
     )
     parser.add_argument("--search-steps", type=int, help="default of the visual tokenizer's `encode`")
+    parser.add_argument(
+        "--follow-edges",
+        action=argparse.BooleanOptionalAction,
+        help="whether masks follow the edges of their image where it is at hand: a default of the processor",
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
     with errors_in_a_line():
-        folder = export(args.model, args.output, args.picture_logit_adjustment, args.search_steps)
+        folder = export(args.model, args.output, args.picture_logit_adjustment, args.search_steps, args.follow_edges)
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"{path.stat().st_size / 1e6:9.3f} MB  {path.relative_to(folder)}")

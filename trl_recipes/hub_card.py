@@ -134,12 +134,13 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _told_options(result: dict[str, Any]) -> str:
-    """What was not as the task has it: other options of its reader, and zooming in."""
+    """What was not as the task has it: other options of its reader, zooming in, masks that follow edges."""
     settings = result["settings"]
     usual = load_task(result["task"]).options if result["task"] in task_names() else {}
     options = settings.get("options", {})
     told = [f"{name}={value}" for name, value in options.items() if name not in usual or usual[name] != value]
-    return "".join(f", {one}" for one in [*told, *["zooming in"] * bool(settings.get("zoom"))])
+    ways = {"zoom": "zooming in", "follow_edges": "masks following the edges of the image"}
+    return "".join(f", {one}" for one in [*told, *(words for name, words in ways.items() if settings.get(name))])
 
 
 def tell_apart(results: list[dict[str, Any]], paths: list[Path]) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from processing import load_image
+
 from .evaluation.answers import answer, union
 from .mask_data import conversation_of, target_masks
 from .mask_data.mask_values import union_of
@@ -15,10 +17,10 @@ from .picture_grid import picture_grid
 
 
 def answer_rows(model: Any, processor: Any, rows: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
-    """Answers (`text`, `segments`) to the last request of each row, as one batch; `options` go to `generate`."""
-    requests = [conversation_of(processor, row)[:-1] for row in rows]
-    sizes, prompts = [row["image_size"] for row in rows], [row["prompt"] for row in rows]
-    return answer(model, processor, requests, sizes, prompts, **options)
+    """Answers (`text`, `segments`) to the last request of each row, as one batch; `options` are those of `answer`."""
+    images = [load_image(row["image"]) for row in rows]
+    requests = [conversation_of(processor, row, image)[:-1] for row, image in zip(rows, images, strict=True)]
+    return answer(model, processor, requests, images, [row["prompt"] for row in rows], **options)
 
 
 def evaluate_rows(
@@ -34,7 +36,7 @@ def evaluate_rows(
 
     Args:
         shown: how many rows, evenly spread, are in the grid.
-        options: for `generate`; default is the model's generation configuration, its logit adjustment included.
+        options: of `answer`; default is the model's generation configuration, its logit adjustment included.
     """
     was_training = model.training
     model.eval()

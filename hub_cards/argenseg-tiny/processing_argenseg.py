@@ -5,7 +5,7 @@
     inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, add_generation_prompt=True)
     outputs = model.generate(**inputs)
     answers = processor.post_process_segmentation(
-        outputs, target_sizes=[(height, width)], prompt_length=inputs["input_ids"].shape[1]
+        outputs, images=[image], prompt_length=inputs["input_ids"].shape[1]
     )
 
 A mask becomes visual tokens here, once: `<gen_start>` and T ids `visual_token_offset + codebook index` in `input_ids`.
@@ -46,6 +46,7 @@ HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "local_files_on
 # settings of a released checkpoint that a caller may change
 RELEASED_CHANGES = (
     "image_processor", "chat_template", "mask_resize_sizes", "segmentation_prompt", "segmentation_answer", "num_scales",
+    "follow_edges",
 )  # fmt: skip
 # transformers' `sanitize_control_tokens` puts this character before a marker that a user wrote: then it is plain text
 UNMARKED = "(?<!\U000f0000)"
@@ -79,6 +80,8 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         num_scales: pictures hold only their first scales, as in the model's configuration; None for all.
         mask_marker: where a mask stands in text. It is replaced before tokenization, so it need not be a token, and the
             tokenizer's `mask_token`, which in other models means masked language modelling, is left alone.
+        follow_edges: whether masks follow the edges of their image where it is at hand, see `decode_masks`. Not in the
+            paper; where a model's own outlines are good it may have nothing to add.
     """
 
     text_kwargs = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -96,6 +99,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         segmentation_answer: str = "Sure, the segmentation result: {mask}.",
         mask_marker: str = "<mask>",
         num_scales: int | None = None,
+        follow_edges: bool = False,
     ):
         if tokenizer is None:
             raise ValueError("ARGenSegProcessor needs a tokenizer")
@@ -109,6 +113,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         self.segmentation_answer = segmentation_answer
         self.mask_marker = mask_marker
         self.num_scales = num_scales
+        self.follow_edges = follow_edges
         self._read_special_tokens(tokenizer)
         self._set_visual_tokenizer(vq_model)
         if "{prompt}" not in segmentation_prompt or "{mask}" not in segmentation_answer:

@@ -4,8 +4,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from .image_inputs import to_list
+from .edges import EdgeGuide
+from .image_inputs import describe, load_image, to_list
 from .mask_inputs import load_mask, mask_to_picture, picture_to_map
 
 ENCODE_BATCH = 16  # masks that go through the VQ-VAE at once, so that mapping over a data set stays in memory
@@ -67,20 +69,26 @@ class SegmentationProcessingMixin:
         ids: torch.Tensor,
         target_sizes: list[tuple[int, int] | None] | None = None,
         threshold: float = 0.5,
+        images: list[Any] | None = None,
+        follow_edges: bool | None = None,
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Turn visual tokens into masks.
 
         Args:
             ids: long tensor (N, T) of codebook indices, or those of the first whole scales: a coarse preview.
-            target_sizes: N pairs (height, width); the picture's own size where `None`.
+            target_sizes: N pairs (height, width). Default: the size of the image, or the picture's own where there is
+                none.
             threshold: a pixel belongs to the object where its map is above this, from 0 to below 1.
+            images: the N images that the masks are of, each `None` or as `load_image` takes it.
+            follow_edges: whether the maps follow the edges of the images, see `edges`. Default: where there is an
+                image, as the processor says. Previews never do.
 
         Returns:
             N float32 maps in [0, 1] and N bool masks, of the target sizes.
 
         Raises:
-            ValueError: ids of a wrong shape or out of the codebook, a threshold out of range; there is no visual
-                tokenizer.
+            ValueError: ids of a wrong shape or out of the codebook, a threshold out of range; `follow_edges` without
+                images; there is no visual tokenizer.
         """
         model = self._require_visual_tokenizer()
         check_threshold(threshold)
@@ -97,9 +105,16 @@ class SegmentationProcessingMixin:
                 f"ids must be codebook indices, 0 to {self.visual_vocab_size - 1}; from token ids subtract "
                 f"visual_token_offset = {self.visual_token_offset}"
             )
-        sizes = _sizes(target_sizes, len(ids))
+        loaded = _load_images(images, len(ids))
+        sizes = _sizes(target_sizes, loaded)
+        guides: list[EdgeGuide | None] = [None] * len(ids)
+        if self._follows_edges(follow_edges, images) and ids.shape[1] == self.num_visual_tokens:
+            guides = self.edge_guides(loaded)
         pictures = [picture for part in ids.split(DECODE_BATCH) for picture in model.decode(part.to(model.device))]
-        maps = [picture_to_map(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+        maps = []
+        for picture, size, guide in zip(pictures, sizes, guides, strict=True):
+            guided = None if guide is None else guide.follow(picture_to_map(picture, None), threshold, size)
+            maps.append(picture_to_map(picture, size) if guided is None else guided)
         return maps, [white > threshold for white in maps]
 
     def post_process_segmentation(
@@ -110,34 +125,41 @@ class SegmentationProcessingMixin:
         threshold: float = 0.5,
         prompt_length: int | None = None,
         stop_at_scale: int | None = None,
+        images: list[Any] | None = None,
+        follow_edges: bool | None = None,
     ) -> list[dict[str, Any]]:
         """Read text and masks out of generated streams.
 
         Args:
             outputs: what `generate` returned: `sequences` (B, L), or an object with `.sequences` and, for the scores,
                 `.picture_scores` (per row one float for each picture that was drawn).
-            target_sizes: (height, width) of the image of each row; `None`: masks of the picture's own size.
+            target_sizes: (height, width) of the image of each row. Default: the size of its image, or the picture's own
+                where there is none.
             labels: per row one label for all its masks, or a list of labels in the order of the masks.
             threshold: see `decode_masks`.
             prompt_length: length of the prompt, if `sequences` hold it: what stands there is no answer. A picture
                 whose `<gen_start>` is the last token of the prompt is.
             stop_at_scale: the `picture_stop_at_scale` of `generate`, if it was given: the last picture of a row may
                 then be a preview of so many scales.
+            images: the image that each row is about, `None` or as `load_image` takes it.
+            follow_edges: see `decode_masks`.
 
         Returns:
             per row `{"text": str, "segments": [{"label": str | None, "mask": bool (H, W), "score": float | None}]}`.
             An answer without a picture has no segments.
 
         Raises:
-            ValueError: a sequence was cut inside a picture, or holds visual tokens outside of a picture; sizes,
-                labels or scores do not fit the rows.
+            ValueError: a sequence was cut inside a picture, or holds visual tokens outside of a picture; sizes, images,
+                labels or scores do not fit the rows; `follow_edges` without images.
         """
         answers = self._read_answers(outputs, prompt_length, stop_at_scale)
-        sizes = _sizes(target_sizes, len(answers))
+        loaded = _load_images(images, len(answers))
+        sizes = _sizes(target_sizes, loaded)
+        options = {"threshold": threshold, "follow_edges": self._follows_edges(follow_edges, images)}
         counts = [len(pictures) for _, pictures in answers]
         label_rows = _label_rows(labels, counts)
         score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
-        mask_rows = self._decode_rows([pictures for _, pictures in answers], sizes, threshold)
+        mask_rows = self._decode_rows([pictures for _, pictures in answers], sizes, loaded, **options)
         results = []
         for (text, _), *row in zip(answers, label_rows, mask_rows, score_rows, strict=True):
             segments = [{"label": label, "mask": mask, "score": score} for label, mask, score in zip(*row, strict=True)]
@@ -165,18 +187,33 @@ class SegmentationProcessingMixin:
         previews = [] if stop_at_scale is None else [self.whole_scales[stop_at_scale - 1]]
         return [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
 
-    def _decode_rows(self, rows: list[list[np.ndarray]], sizes: list, threshold: float) -> list[list[np.ndarray]]:
+    def _decode_rows(
+        self, rows: list[list[np.ndarray]], sizes: list, images: list, **options: Any
+    ) -> list[list[np.ndarray]]:
         """The codebook indices of every picture of every row -> bool masks, decoded together."""
-        flat = [(codes, size) for row, size in zip(rows, sizes, strict=True) for codes in row]
+        flat = [(codes, *about) for row, *about in zip(rows, sizes, images, strict=True) for codes in row]
         masks: list[Any] = [None] * len(flat)
-        for length in {len(codes) for codes, _ in flat}:  # one, unless some are previews
-            where = [i for i, (codes, _) in enumerate(flat) if len(codes) == length]
+        for length in {len(codes) for codes, *_ in flat}:  # one, unless some are previews
+            where = [i for i, (codes, *_) in enumerate(flat) if len(codes) == length]
             ids = torch.from_numpy(np.stack([flat[i][0] for i in where]))
-            decoded = self.decode_masks(ids, [flat[i][1] for i in where], threshold)[1]
+            about = {"target_sizes": [flat[i][1] for i in where], "images": [flat[i][2] for i in where]}
+            decoded = self.decode_masks(ids, **about, **options)[1]
             for i, mask in zip(where, decoded, strict=True):
                 masks[i] = mask
         ordered = iter(masks)
         return [[next(ordered) for _ in row] for row in rows]
+
+    def edge_guides(self, images: list[Image.Image | None]) -> list[EdgeGuide | None]:
+        """The edges of images (upright RGB), for masks of this processor to follow; of the same image once."""
+        cells = self._require_visual_tokenizer().config.patch_nums[len(self.whole_scales) - 1]
+        different = {id(image): image for image in images}
+        found = {key: None if image is None else EdgeGuide(image, cells) for key, image in different.items()}
+        return [found[id(image)] for image in images]
+
+    def _follows_edges(self, asked: bool | None, images: list[Any] | None) -> bool:
+        if asked and images is None:
+            raise ValueError("masks follow the edges of images: pass images=, one for each row or mask")
+        return images is not None and (self.follow_edges if asked is None else asked)
 
     def _read_answer(
         self, index: int, ids: np.ndarray, prompt_length: int, previews: list[int]
@@ -201,15 +238,29 @@ def check_threshold(threshold: float) -> None:
         raise ValueError(f"a mask's threshold is from 0 to below 1, as its map in [0, 1] is; got {threshold!r}")
 
 
-def _sizes(target_sizes: Any, count: int) -> list[tuple[int, int] | None]:
-    if target_sizes is None:
+def _load_images(images: Any, count: int) -> list[Image.Image | None]:
+    """Images as `load_image` makes them; one that is given several times is read once."""
+    if images is None:
         return [None] * count
-    if len(target_sizes) != count:
-        raise ValueError(f"target_sizes needs {count} pairs (height, width), one each; got {len(target_sizes)}")
-    sizes: list = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
-    if any(size is not None and (len(size) != 2 or min(size) < 1) for size in sizes):
-        raise ValueError(f"target_sizes must be pairs (height, width) of at least 1; got {sizes}")
-    return sizes
+    if not isinstance(images, (list, tuple)) or len(images) != count:
+        found = len(images) if isinstance(images, (list, tuple)) else describe(images)
+        raise ValueError(f"images needs a list of {count}, one for each row or mask; got {found}")
+    different = {id(image): image for image in images}
+    read = {key: None if image is None else load_image(image) for key, image in different.items()}
+    return [read[id(image)] for image in images]
+
+
+def _sizes(target_sizes: Any, images: list[Image.Image | None]) -> list[tuple[int, int] | None]:
+    """(height, width) of every mask: as asked for, or of its image."""
+    own = [None if image is None else image.size[::-1] for image in images]
+    if target_sizes is None:
+        return own
+    if len(target_sizes) != len(own):
+        raise ValueError(f"target_sizes needs {len(own)} pairs (height, width), one each; got {len(target_sizes)}")
+    asked: list = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
+    if any(size is not None and (len(size) != 2 or min(size) < 1) for size in asked):
+        raise ValueError(f"target_sizes must be pairs (height, width) of at least 1; got {asked}")
+    return [size or of_image for size, of_image in zip(asked, own, strict=True)]
 
 
 def _label_rows(labels: Any, counts: list[int]) -> list[list[str | None]]:

@@ -5,8 +5,10 @@ cut out around what was drawn, a little wider and wider still, and the model is 
 views. It does not begin anew there: the coarse scales are those of the first mask, which says which thing is meant
 (`picture_prefix` of `generate`); the model adds the finer ones. What the views say is averaged.
 
-    answers = processor.post_process_segmentation(...)
+    answers = processor.post_process_segmentation(outputs, images=images, follow_edges=False)
     answers = zoom_in(model, processor, conversations, answers)
+
+The model goes on best from masks as it drew them; whether they follow the edges of the image is for the end.
 """
 
 from collections import Counter
@@ -19,6 +21,7 @@ import torch
 from PIL import Image
 
 from .conversation_argenseg import collect_contents, with_image
+from .edges import EdgeGuide
 from .image_inputs import load_image
 from .segmentation_processing import check_threshold
 
@@ -51,6 +54,7 @@ def zoom_in(
     answers: Sequence[dict[str, Any]],
     threshold: float = 0.5,
     batch_size: int = VIEWS_TOGETHER,
+    follow_edges: bool | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Answers with their masks drawn again from nearer.
@@ -60,14 +64,18 @@ def zoom_in(
         processor: its `ARGenSegProcessor`.
         conversations: what was asked, one for each answer, with one image each. The words are asked again of the views,
             as they are: requests by coordinates, which mean other places there, are not for zooming in.
-        answers: what `post_process_segmentation` returned for them, masks of the size of the upright image.
+        answers: what `post_process_segmentation` returned for them, masks of the size of the upright image that do not
+            yet follow its edges (with edges, gIoU was 0.648 in place of 0.655 on 160 validation expressions).
         threshold: see `decode_masks`.
         batch_size: views that are drawn together; a mask has two.
+        follow_edges: whether the new masks follow the edges of the image, see `decode_masks`. Default: as the
+            processor says.
         options: of `generate`.
 
     Returns:
-        the answers with new masks. A mask stays as it is if it is empty, if it reaches so far that a view would be the
-        whole image, or if the views do not show what it shows. Texts, labels and scores are those of the first look.
+        the answers with new masks. A mask stays, but for the edges, if it is empty, if it reaches so far that a view
+        would be the whole image, or if the views do not show what it shows. Texts, labels and scores are those of the
+        first look.
 
     Raises:
         ValueError: a conversation does not hold exactly one image, or holds masks; a mask has another size than its
@@ -76,18 +84,20 @@ def zoom_in(
     check_zoom_options(model, options)
     check_threshold(threshold)
     images = _images_of(conversations, answers)
+    follow_edges = processor.follow_edges if follow_edges is None else follow_edges
     views = list(_views(images, answers))
     waited_for = Counter(view.mask for view in views)
     seen: dict[MaskKey, list[tuple[Box, np.ndarray]]] = {}
     finer: dict[MaskKey, np.ndarray] = {}
     for start in range(0, len(views), batch_size):
         together = views[start : start + batch_size]
-        maps = _look(model, processor, conversations, images, answers, together, options)
+        maps = _look(model, processor, conversations, images, answers, together, follow_edges, options)
         for view, white in zip(together, maps, strict=True):
             seen.setdefault(view.mask, []).append((view.box, white))
             if len(seen[view.mask]) == waited_for[view.mask]:
                 finer[view.mask] = _average(seen.pop(view.mask), images[view.mask[0]].size[::-1]) > threshold
-    return [_answer_with(finer, number, answer) for number, answer in enumerate(answers)]
+    guides = dict(zip(images, processor.edge_guides(list(images.values())), strict=True)) if follow_edges else {}
+    return [_answer_with(finer, number, answer, guides.get(number)) for number, answer in enumerate(answers)]
 
 
 def check_zoom_options(model: Any, options: dict[str, Any]) -> None:
@@ -143,7 +153,7 @@ def _views(images: dict[int, Image.Image], answers: Sequence[dict[str, Any]]) ->
             if segment["mask"].shape != image.size[::-1]:
                 raise ValueError(
                     f"answer {number}: a mask of {segment['mask'].shape} (height, width) on an image of "
-                    f"{image.size[::-1]}; pass target_sizes= to post_process_segmentation"
+                    f"{image.size[::-1]}; pass images= to post_process_segmentation"
                 )
             for box in boxes_around(segment["mask"]):
                 yield View((number, place), box)
@@ -156,15 +166,16 @@ def _look(
     images: dict[int, Image.Image],
     answers: Sequence[dict[str, Any]],
     views: list[View],
+    follow_edges: bool,
     options: dict[str, Any],
 ) -> list[np.ndarray]:
     """What the model draws in each view: maps in [0, 1] of the views' sizes."""
-    asked, masks, sizes = [], [], []
+    asked, masks, crops = [], [], []
     for view in views:
         (answer, segment), (left, top, right, bottom) = view.mask, view.box
-        asked.append(with_image(conversations[answer], images[answer].crop(view.box)))
+        crops.append(images[answer].crop(view.box))
+        asked.append(with_image(conversations[answer], crops[-1]))
         masks.append(answers[answer]["segments"][segment]["mask"][top:bottom, left:right])
-        sizes.append((bottom - top, right - left))
     inputs = processor.apply_chat_template(asked, tokenize=True, return_dict=True, add_generation_prompt=True)
     given = {"picture_prefill": "always"}
     if len(processor.whole_scales) > 1:
@@ -173,8 +184,9 @@ def _look(
     if options.get("picture_answer_ids") is None:
         given["picture_answer_ids"] = processor.picture_answer_ids
     outputs = model.generate(**inputs.to(model.device, model.dtype), **options | given)
-    drawn = processor.read_pictures(outputs, prompt_length=inputs["input_ids"].shape[1])
-    return processor.decode_masks(torch.stack([pictures[0] for pictures in drawn]), sizes)[0]
+    pictures = processor.read_pictures(outputs, prompt_length=inputs["input_ids"].shape[1])
+    codes = torch.stack([row[0] for row in pictures])
+    return processor.decode_masks(codes, images=crops, follow_edges=follow_edges)[0]
 
 
 def _average(seen: list[tuple[Box, np.ndarray]], size: tuple[int, int]) -> np.ndarray:
@@ -193,13 +205,16 @@ def _given_tokens(processor: Any) -> int:
     return processor.whole_scales[max(given, 1) - 1]
 
 
-def _answer_with(finer: dict[MaskKey, np.ndarray], number: int, answer: dict[str, Any]) -> dict[str, Any]:
+def _answer_with(
+    finer: dict[MaskKey, np.ndarray], number: int, answer: dict[str, Any], guide: EdgeGuide | None = None
+) -> dict[str, Any]:
     segments = []
     for place, segment in enumerate(answer["segments"]):
         first, mask = segment["mask"], finer.get((number, place))
-        if mask is not None and (first & mask).sum() >= AGREE * (first | mask).sum():
-            segment = segment | {"mask": mask}
-        segments.append(segment)
+        if mask is None or (first & mask).sum() < AGREE * (first | mask).sum():
+            guided = None if guide is None else guide.follow(first, 0.5)
+            mask = first if guided is None else guided > 0.5
+        segments.append(segment | {"mask": mask})
     return answer | {"segments": segments}
 
 

@@ -116,6 +116,15 @@ def test_zoom(segment: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0.8 < (masks[0] & masks[1]).sum() / (masks[0] | masks[1]).sum() < 1
 
 
+def test_edges(segment: ModuleType, tmp_path: Path) -> None:
+    masks = []
+    for options in ([], ["--follow-edges"], ["--no-follow-edges"], ["--zoom"], ["--zoom", "--no-follow-edges"]):
+        assert segment.main([str(ROOT / "examples/sheep.jpg"), "the sheep", "--output", str(tmp_path), *options]) == 0
+        masks.append(np.asarray(Image.open(tmp_path / "mask_0.png")) > 0)
+    default, edges, plain, zoomed, zoomed_plain = masks
+    assert (default == edges).all() and (edges != plain).any() and (zoomed != zoomed_plain).any()
+
+
 def test_answer_cut_short(segment: ModuleType, toy_folder: Path, toy_image: Path, tmp_path: Path) -> None:
     arguments = [str(toy_image), "the left square", "--model", str(toy_folder), "--output", str(tmp_path)]
     assert segment.main([*arguments, "--max-new-tokens", "1"]) == 0

@@ -224,6 +224,14 @@ def test_options(pipe: Any, photograph: Image.Image, toy_folder: Path) -> None:
     assert simple(made(photograph)) == simple(pipe(photograph, text=BOTH, multi_mask="instances"))
 
 
+def test_masks_follow_edges_if_they_shall(pipe: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, edges = (simple(pipe(photograph, text=BOTH, follow_edges=follow)) for follow in (False, True))
+    assert plain != edges and plain == simple(pipe(photograph, text=BOTH))
+    monkeypatch.setattr(pipe.processor, "follow_edges", True)
+    assert simple(pipe(photograph, text=BOTH)) == edges
+    assert simple(pipe([photograph, photograph], text=BOTH, follow_edges=False)) == [plain, plain]
+
+
 def test_half_precision(toy_folder: Path, photograph: Image.Image) -> None:
     pipe = pipeline("image-segmentation", model=str(toy_folder), dtype=torch.bfloat16)
     assert pipe.model.dtype == torch.bfloat16 and pipe.processor.visual_tokenizer.dtype == torch.float32

@@ -40,6 +40,16 @@ def test_the_folder_holds_what_a_user_needs_and_nothing_of_the_training(exported
     assert (exported / "README.md").read_text() == "the card"
 
 
+def test_whether_masks_follow_edges_is_a_setting_of_the_folder(learned_folder, exported, tmp_path):
+    def said(folder):
+        return AutoProcessor.from_pretrained(folder).follow_edges
+
+    assert not said(exported)
+    assert said(export(learned_folder, tmp_path / "edges", follow_edges=True))
+    assert said(export(tmp_path / "edges", tmp_path / "again"))
+    assert not said(export(tmp_path / "edges", tmp_path / "none", follow_edges=False))
+
+
 def test_no_file_tells_where_it_was_made(exported, learned_folder):
     for name in FILES:
         content = (exported / name).read_bytes()

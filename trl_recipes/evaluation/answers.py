@@ -18,17 +18,19 @@ def answer(
     model: Any,
     processor: Any,
     conversations: Sequence[list[dict[str, Any]]],
-    sizes: Sequence[tuple[int, int]],
+    images: Sequence[Any],
     labels: Sequence[str],
     zoom: bool = False,
+    follow_edges: bool | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Answers (`text`, `segments`) to conversations, as one batch.
 
     Args:
-        sizes: (height, width) of the masks of each.
+        images: what the masks of each are of.
         labels: what the masks of each are called.
         zoom: whether masks are drawn again from nearer, see `zoom_in`.
+        follow_edges: whether masks follow the edges of their image, see `decode_masks`.
         options: of `generate`.
     """
     if zoom:
@@ -38,9 +40,15 @@ def answer(
     ).to(model.device, model.dtype)
     outputs = model.generate(**inputs, return_dict_in_generate=True, **options)
     answers = processor.post_process_segmentation(
-        outputs, target_sizes=list(sizes), labels=list(labels), prompt_length=inputs["input_ids"].shape[1]
+        outputs,
+        images=list(images),
+        labels=list(labels),
+        prompt_length=inputs["input_ids"].shape[1],
+        follow_edges=False if zoom else follow_edges,
     )
-    return zoom_in(model, processor, conversations, answers, **options) if zoom else answers
+    if not zoom:
+        return answers
+    return zoom_in(model, processor, conversations, answers, follow_edges=follow_edges, **options)
 
 
 def draw(model: Any, processor: Any, samples: Sequence[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
@@ -50,8 +58,7 @@ def draw(model: Any, processor: Any, samples: Sequence[dict[str, Any]], **option
         processor.build_segmentation_conversation(image, sample["text"])
         for image, sample in zip(images, samples, strict=True)
     ]
-    sizes = [image.size[::-1] for image in images]
-    return answer(model, processor, conversations, sizes, [s["text"] for s in samples], **options)
+    return answer(model, processor, conversations, images, [s["text"] for s in samples], **options)
 
 
 def union(answer: dict[str, Any]) -> np.ndarray | None:

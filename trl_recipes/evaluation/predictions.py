@@ -23,7 +23,7 @@ class ModelPredictor:
     Attributes:
         prompt: with `{text}` (the sample's) or `{request}` (the model's own wording of a request for it).
         prompts_of_kinds: kind -> prompt, where samples of a kind have their own.
-        options: of `answer`: whether to `zoom`, and those of `generate`.
+        options: of `answer`: whether to `zoom` or to `follow_edges`, and those of `generate`.
     """
 
     model: Any
@@ -39,8 +39,8 @@ class ModelPredictor:
     def __call__(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         images = [load_image(sample) for sample in samples]
         conversations = [self.conversation(*pair) for pair in zip(samples, images, strict=True)]
-        sizes, labels = [image.size[::-1] for image in images], [sample.text for sample in samples]
-        answers = answer(self.model, self.processor, conversations, sizes, labels, do_sample=False, **self.options)
+        labels = [sample.text for sample in samples]
+        answers = answer(self.model, self.processor, conversations, images, labels, do_sample=False, **self.options)
         return [_prediction(sample, found) for sample, found in zip(samples, answers, strict=True)]
 
     def conversation(self, sample: Sample, image: Any) -> list[dict[str, Any]]:

@@ -97,6 +97,16 @@ def test_the_numbers_are_those_of_the_evaluation_in_memory(alone, learned_folder
     assert expected == {name: found[name] for name in expected}
 
 
+def test_following_edges_is_another_setting(alone, scenes, tmp_path):
+    """By default as the processor says."""
+    assert numbers(alone)["settings"]["follow_edges"] is False
+    found = run(tmp_path, *scenes, "--limit", 6, "--follow-edges")
+    assert found["settings"]["follow_edges"] is True
+    assert not set(predictions(tmp_path)) <= set(predictions(alone))
+    with pytest.raises(SystemExit, match="follow_edges was True and is now False"):
+        run(tmp_path, *scenes, "--limit", 6, "--no-follow-edges")
+
+
 def test_zooming_in_is_another_setting(alone, scenes, learned_folder, bank_folder, tmp_path, capsys):
     found = run(tmp_path, *scenes, "--limit", 6, "--zoom")
     assert found["settings"]["zoom"] and not numbers(alone)["settings"]["zoom"]

@@ -1,0 +1,75 @@
+"""Masks that follow the edges of their image: a guided filter (He et al., "Guided Image Filtering", TPAMI 2013). Not in
+the paper.
+
+A mask has the resolution of the visual tokenizer's picture, and its outline is of the last scale's cells: a model knows
+better which thing is meant than where it ends. The image knows that. In windows about the size of a cell the map of a
+mask is written as a linear function of the image's colours, and what comes out has the image's edges where there are
+any. The coefficients vary slowly: they are found on a small copy of the image, and used on the image itself (He and
+Sun, "Fast Guided Filter", 2015).
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+PER_CELL = 4  # pixels of the small copy for each cell of the last scale, along a side
+RADIUS = 3  # of the windows, in these pixels
+LEAST_VARIANCE = 1e-4  # of colours in [0, 1]: windows that vary less have no edges, and the map is smoothed there
+LARGEST = 1024  # longer side, in pixels, of the image on which the coefficients are used
+
+
+class EdgeGuide:
+    """The edges of an image, for any number of masks on it.
+
+    Args:
+        image: upright RGB.
+        cells: along a side of the last scale; see `VARTokenizerConfig.patch_nums`.
+    """
+
+    def __init__(self, image: Image.Image, cells: int) -> None:
+        self.side = PER_CELL * cells
+        shrink = min(1.0, LARGEST / max(image.size))
+        if shrink < 1:
+            size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        self.colours = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        self.small = resize(self.colours, (self.side, self.side))
+        products = (self.small[:, None] * self.small).flatten(0, 1)
+        self.mean, mean_of_products = window_means(torch.cat([self.small, products])).split([3, 9])
+        covariance = mean_of_products.view(3, 3, self.side, self.side) - self.mean[:, None] * self.mean
+        covariance = covariance.permute(2, 3, 0, 1) + LEAST_VARIANCE * torch.eye(3)
+        self.inverse = torch.linalg.inv(covariance)  # (side, side, 3, 3)
+
+    def __call__(self, white: torch.Tensor) -> torch.Tensor:
+        """A map (h, w) in [0, 1] of the whole image, of any size, to one with the image's edges: (H, W) in [0, 1], of
+        the size of the image, or smaller where that is large (`LARGEST`)."""
+        small = resize(white[None], (self.side, self.side))
+        mean, mean_of_products = window_means(torch.cat([small, small * self.small])).split([1, 3])
+        covariance = mean_of_products - mean * self.mean
+        slope = torch.einsum("hwij,jhw->ihw", self.inverse, covariance)
+        offset = mean - (slope * self.mean).sum(0, keepdim=True)
+        coefficients = resize(window_means(torch.cat([slope, offset])), tuple(self.colours.shape[1:]))
+        return ((coefficients[:3] * self.colours).sum(0) + coefficients[3]).clamp(0, 1)
+
+    def follow(self, white: np.ndarray, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        """A map (h, w) in [0, 1], or a bool mask, with the image's edges: float32 (height, width) of `size`, by default
+        the map's own. None if nothing of it would be above the threshold: what is too thin for the windows stays."""
+        guided = self(torch.from_numpy(white).float())
+        size = white.shape if size is None else size
+        if tuple(guided.shape) != tuple(size):
+            guided = resize(guided[None], size)[0].clamp(0, 1)
+        return guided.numpy() if bool((guided > threshold).any()) else None
+
+
+def window_means(values: torch.Tensor) -> torch.Tensor:
+    """Means (C, H, W) of values (C, H, W) over windows around each place, cut at the borders."""
+    width = 2 * RADIUS + 1
+    for window, padding in (((width, 1), (RADIUS, 0)), ((1, width), (0, RADIUS))):
+        values = F.avg_pool2d(values, window, stride=1, padding=padding, count_include_pad=False)
+    return values
+
+
+def resize(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(C, h, w) to (C, *size), bilinear; smoothed first where it shrinks."""
+    return F.interpolate(values[None], size=size, mode="bilinear", antialias=True)[0]
