@@ -17,6 +17,7 @@ PER_CELL = 4  # pixels of the small copy for each cell of the last scale, along 
 RADIUS = 3  # of the windows, in these pixels
 LEAST_VARIANCE = 1e-4  # of colours in [0, 1]: windows that vary less have no edges, and the map is smoothed there
 LARGEST = 1024  # longer side, in pixels, of the image on which the coefficients are used
+SPECK = 1 / 256  # of the image's longer side: pixels that differ from most others so near follow these
 
 
 class EdgeGuide:
@@ -55,17 +56,26 @@ class EdgeGuide:
     def follow(self, white: np.ndarray, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray | None:
         """A map (h, w) in [0, 1], or a bool mask, with the image's edges: float32 (height, width) of `size`, by default
         the map's own. None if nothing of it would be above the threshold: what is too thin for the windows stays."""
-        guided = self(torch.from_numpy(white).float())
+        guided = without_specks(self(torch.from_numpy(white).float()), threshold)
         size = white.shape if size is None else size
         if tuple(guided.shape) != tuple(size):
             guided = resize(guided[None], size)[0].clamp(0, 1)
         return guided.numpy() if bool((guided > threshold).any()) else None
 
 
-def window_means(values: torch.Tensor) -> torch.Tensor:
+def without_specks(white: torch.Tensor, threshold: float) -> torch.Tensor:
+    """A map (H, W) that is above the threshold where most of the pixels around are, as by a median filter; others keep
+    their values."""
+    radius = round(SPECK * max(white.shape))
+    above = white > threshold
+    around = window_means(above[None].float(), radius)[0] > 0.5
+    return torch.where(above == around, white, (2 * threshold - white).clamp(0, 1))
+
+
+def window_means(values: torch.Tensor, radius: int = RADIUS) -> torch.Tensor:
     """Means (C, H, W) of values (C, H, W) over windows around each place, cut at the borders."""
-    width = 2 * RADIUS + 1
-    for window, padding in (((width, 1), (RADIUS, 0)), ((1, width), (0, RADIUS))):
+    width = 2 * radius + 1
+    for window, padding in (((width, 1), (radius, 0)), ((1, width), (0, radius))):
         values = F.avg_pool2d(values, window, stride=1, padding=padding, count_include_pad=False)
     return values
 

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch.nn import functional as F
 
 from processing import ARGenSegProcessor, segmentation_processing
-from processing.edges import LARGEST, LEAST_VARIANCE, RADIUS, EdgeGuide
+from processing.edges import LARGEST, LEAST_VARIANCE, RADIUS, EdgeGuide, without_specks
 
 CELLS = 16
 
@@ -104,6 +104,27 @@ def test_what_would_vanish_stays() -> None:
     guide = EdgeGuide(Image.new("RGB", (256, 256), "grey"), CELLS)
     assert guide.follow(thin, 0.5) is None
     assert guide.follow(thin, 0.05) is not None
+
+
+@pytest.mark.parametrize(("size", "width"), [((256, 200), 3), ((300, 512), 5), ((100, 90), 1)])
+def test_specks_go_as_by_a_median_filter(size: tuple[int, int], width: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, size[::-1], dtype=np.uint8)
+    found = without_specks(torch.from_numpy(values).float() / 255, 0.401).numpy()
+    expected = np.asarray(Image.fromarray(values).filter(ImageFilter.MedianFilter(width))) / 255 > 0.401
+    inner = np.s_[width:-width, width:-width]  # at the borders Pillow repeats pixels, where windows are cut here
+    np.testing.assert_array_equal((found > 0.401)[inner], expected[inner])
+    kept = (found > 0.401) == (values / 255 > 0.401)
+    np.testing.assert_allclose(found[kept], values[kept] / 255, atol=1e-6)
+    assert kept.all() == (width == 1)
+
+
+def test_a_textured_image_gives_no_specks() -> None:
+    image, mask = disc((512, 384))
+    noise = np.random.default_rng(0).normal(0, 40, (384, 512, 3))
+    image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    found = EdgeGuide(image, CELLS).follow(in_cells(mask).numpy(), 0.5, mask.shape) > 0.5
+    opened = Image.fromarray(found).convert("L").filter(ImageFilter.MinFilter(3)).filter(ImageFilter.MaxFilter(3))
+    assert iou(found, mask) > 0.9 and (found & ~(np.asarray(opened) > 0)).mean() < 1e-3
 
 
 class TestProcessor:
