@@ -39,8 +39,9 @@ class EdgeGuide:
         products = (self.small[:, None] * self.small).flatten(0, 1)
         self.mean, mean_of_products = window_means(torch.cat([self.small, products])).split([3, 9])
         covariance = mean_of_products.view(3, 3, self.side, self.side) - self.mean[:, None] * self.mean
-        covariance = covariance.permute(2, 3, 0, 1) + LEAST_VARIANCE * torch.eye(3)
-        self.inverse = torch.linalg.inv(covariance)  # (side, side, 3, 3)
+        covariance = covariance.permute(2, 3, 0, 1)
+        covariance.diagonal(dim1=-2, dim2=-1).add_(LEAST_VARIANCE)
+        self.inverse = torch.linalg.inv(covariance).permute(2, 3, 0, 1)
 
     def __call__(self, white: torch.Tensor) -> torch.Tensor:
         """A map (h, w) in [0, 1] of the whole image, of any size, to one with the image's edges: (H, W) in [0, 1], of
@@ -48,7 +49,7 @@ class EdgeGuide:
         small = resize(white[None], (self.side, self.side))
         mean, mean_of_products = window_means(torch.cat([small, small * self.small])).split([1, 3])
         covariance = mean_of_products - mean * self.mean
-        slope = torch.einsum("hwij,jhw->ihw", self.inverse, covariance)
+        slope = (self.inverse * covariance).sum(1)  # not a product of matrices, which autocast would round
         offset = mean - (slope * self.mean).sum(0, keepdim=True)
         coefficients = resize(window_means(torch.cat([slope, offset])), tuple(self.colours.shape[1:]))
         return ((coefficients[:3] * self.colours).sum(0) + coefficients[3]).clamp(0, 1)

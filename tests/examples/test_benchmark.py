@@ -134,10 +134,10 @@ def test_zoom(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     bank, picture, figures = tiny_scenes.write_bank(tmp_path), tmp_path / "changes.png", tmp_path / "out.json"
     files = ["--json", str(figures), "--picture", str(picture)]
     found = script.main(["--bank", str(bank), "--expressions", "6", "--seed", "3", *files])
-    assert found["asked"] == 6 >= found["drew"] > 0 and found["seconds_zoomed"] > found["seconds"] > 0
+    assert found["asked"] == 6 >= found["drew"] > 0 and found["seconds"][2] > 1.5 * found["seconds"][0] > 0
     *sizes, whole = found["sizes"]
     assert whole["count"] == sum(one["count"] for one in sizes) == 6 and (whole["above"], whole["up_to"]) == (0, 1)
-    for name in ("plain", "zoomed"):
-        assert whole[name] == pytest.approx(sum(one["count"] * one[name] for one in sizes) / 6)
-    assert whole["plain"] != whole["zoomed"] and json.loads(figures.read_text()) == found
+    for way in range(3):
+        assert whole["iou"][way] == pytest.approx(sum(one["count"] * one["iou"][way] for one in sizes) / 6)
+    assert len(set(whole["iou"])) == 3 and json.loads(figures.read_text()) == found
     assert Image.open(picture).width > 1000 and "| 0% to 100% of the image | 6 |" in capsys.readouterr().out

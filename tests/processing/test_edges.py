@@ -70,6 +70,19 @@ def test_it_is_the_guided_filter() -> None:
     np.testing.assert_allclose(found.numpy(), expected.clip(0, 1), atol=2e-4)
 
 
+def test_whatever_the_default_dtype_and_under_autocast() -> None:
+    image, mask = disc((90, 70))
+    expected = EdgeGuide(image, CELLS).follow(mask, 0.5)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        np.testing.assert_array_equal(EdgeGuide(image, CELLS).follow(mask, 0.5), expected)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(EdgeGuide(image, CELLS).follow(mask, 0.5), expected)
+    finally:
+        torch.set_default_dtype(default)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_empty_and_full_maps_stay(value: float) -> None:
     image, mask = disc((100, 80))
