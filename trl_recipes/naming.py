@@ -85,7 +85,7 @@ def drawn(model: Any, processor: Any, scenes: SceneDataset) -> float:
     right: list[float] = []
     for scene, names in several_names(scenes, "asking by name"):
         samples = [{"image": scene.image, "text": f"the {name}"} for name in names]
-        for name, answer in zip(names, draw(model, processor, samples), strict=True):
+        for name, answer in zip(names, draw(model, processor, samples, follow_edges=False), strict=True):
             mask = union(answer)
             covered = [0 if mask is None else (mask & scene.mask([one.index])).sum() for one in scene.objects]
             right.append(max(covered) > 0 and scene.objects[int(np.argmax(covered))].sprite.name == name)

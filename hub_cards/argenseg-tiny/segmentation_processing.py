@@ -80,7 +80,7 @@ class SegmentationProcessingMixin:
                 none.
             threshold: a pixel belongs to the object where its map is above this, from 0 to below 1.
             images: the N images that the masks are of, each `None` or as `load_image` takes it.
-            follow_edges: whether the maps follow the edges of the images, see `edges`. Default: where there is an
+            follow_edges: whether the maps follow the edges of the images, see `EdgeGuide`. Default: where there is an
                 image, as the processor says. Previews never do.
 
         Returns:
