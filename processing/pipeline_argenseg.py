@@ -25,6 +25,7 @@ from transformers import AutoProcessor, GenerationConfig, Pipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 
+from .edges import shrink
 from .image_inputs import load_image
 from .segmentation_processing import check_threshold
 from .zoom import check_zoom_options, generate_option, zoom_in
@@ -118,8 +119,8 @@ class ARGenSegPipeline(Pipeline):
             mask_threshold: a pixel belongs to the mask where its map in [0, 1] is above this. Default 0.5.
             zoom: draw every mask again from nearer, which makes it finer and takes about three times as long; see
                 `zoom_in`. Default False.
-            follow_edges: whether masks follow the edges of the image, see `decode_masks`. Default: as the processor
-                says.
+            follow_edges: whether masks follow the edges of the image, see `decode_masks`; previews
+                (`picture_stop_at_scale`) never do. Default: as the processor says.
             generate_kwargs: options of `generate`; they may also be given by their names (`max_new_tokens=64`).
             batch_size: requests (image and prompt) that are answered together. Default: the prompts of one image, at
                 most 8 at once.
@@ -186,15 +187,20 @@ class ARGenSegPipeline(Pipeline):
 
         Returns:
             `pixel_values` (tiles, 3, H, W), `input_ids` (one tensor (L,) for each prompt), `labels` (the prompts),
-            `image` (upright), and `answers`, empty, to be filled in the order of the prompts. To zoom in also
-            `conversations`, one for each prompt.
+            `size` (height, width) and `image`, upright, no larger than edges need it, and `answers`, empty, to be
+            filled in the order of the prompts. To zoom in also `conversations`, one for each prompt.
         """
         prompts = text if item.get("text") is None else item["text"]
         if prompts is None:
             raise ValueError('say what to segment: pipe(image, text="the red mug")')
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         image = load_image(item["image"])
-        picture: dict[str, Any] = {"labels": prompts, "image": image, "answers": []}
+        picture: dict[str, Any] = {
+            "labels": prompts,
+            "size": image.size[::-1],
+            "image": shrink(image),
+            "answers": [],
+        }
         if not prompts:
             return picture
         conversations = [self.processor.build_segmentation_conversation(image, prompt) for prompt in prompts]
@@ -227,6 +233,7 @@ class ARGenSegPipeline(Pipeline):
         outputs = self.forward({**inputs, "image": self._image_inputs(requests)}, **options)
         answers = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
+            target_sizes=[picture["size"] for picture, _ in requests],
             images=[picture["image"] for picture, _ in requests],
             labels=[picture["labels"][number] for picture, number in requests],
             threshold=threshold,

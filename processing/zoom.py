@@ -12,8 +12,9 @@ The model goes on best from masks as it drew them; whether they follow the edges
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def zoom_in(
             seen.setdefault(view.mask, []).append((view.box, white))
             if len(seen[view.mask]) == waited_for[view.mask]:
                 finer[view.mask] = _average(seen.pop(view.mask), images[view.mask[0]].size[::-1]) > threshold
-    guides = dict(zip(images, processor.edge_guides(list(images.values())), strict=True)) if follow_edges else {}
+    guides = {number: partial(processor.edge_guide, image) for number, image in images.items() if follow_edges}
     return [_answer_with(finer, number, answer, guides.get(number)) for number, answer in enumerate(answers)]
 
 
@@ -153,7 +154,7 @@ def _views(images: dict[int, Image.Image], answers: Sequence[dict[str, Any]]) ->
             if segment["mask"].shape != image.size[::-1]:
                 raise ValueError(
                     f"answer {number}: a mask of {segment['mask'].shape} (height, width) on an image of "
-                    f"{image.size[::-1]}; pass images= to post_process_segmentation"
+                    f"{image.size[::-1]}; pass images= and follow_edges=False to post_process_segmentation"
                 )
             for box in boxes_around(segment["mask"]):
                 yield View((number, place), box)
@@ -206,14 +207,16 @@ def _given_tokens(processor: Any) -> int:
 
 
 def _answer_with(
-    finer: dict[MaskKey, np.ndarray], number: int, answer: dict[str, Any], guide: EdgeGuide | None = None
+    finer: dict[MaskKey, np.ndarray],
+    number: int,
+    answer: dict[str, Any],
+    make_guide: Callable[[], EdgeGuide] | None = None,
 ) -> dict[str, Any]:
     segments = []
     for place, segment in enumerate(answer["segments"]):
         first, mask = segment["mask"], finer.get((number, place))
         if mask is None or (first & mask).sum() < AGREE * (first | mask).sum():
-            guided = None if guide is None else guide.follow(first, 0.5)
-            mask = first if guided is None else guided > 0.5
+            mask = first if make_guide is None else make_guide().follow(first, 0.5) > 0.5
         segments.append(segment | {"mask": mask})
     return answer | {"segments": segments}
 

@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=1000, metavar="N", help="repeats for confidence intervals (default: 1000)")
     add("--seed", type=int, default=0, help="of the confidence intervals; answers are greedy (default: 0)")
     add("--gallery", type=int, default=12, metavar="N", help="worst and best answers to show (default: 12, 0: no page)")
-    add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL(-zoom)")
+    add("--output", type=Path, metavar="DIR", help="default: outputs/evaluation/MODEL/TASK-SPLIT-PROTOCOL...")
     add("--overwrite", action="store_true", help="begin anew, and delete the predictions in the output folder")
     return parser
 
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
         raise ValueError("--zoom: what is marked in an image, or told in its coordinates, is not so in its parts")
     samples, class_names = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
-    folder = args.output or default_output(args.model, source, args.zoom)
+    folder = args.output or default_output(args.model, source, args.zoom, args.follow_edges)
     if state.device.type == "cpu":
         torch.set_num_threads(args.cpu_threads)
     model, processor = load_model(args.model, args.dtype, state.device)
@@ -210,10 +210,11 @@ def _option(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
-def default_output(model: str, source: Source, zoom: bool = False) -> Path:
+def default_output(model: str, source: Source, zoom: bool = False, follow_edges: bool | None = None) -> Path:
     name = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
     run_name = f"{source.task.name}-{source.split}-{source.protocol}" + ("-zoom" if zoom else "")
-    return Path("outputs/evaluation") / name / run_name
+    asked = {None: "", True: "-edges", False: "-no-edges"}[follow_edges]
+    return Path("outputs/evaluation") / name / (run_name + asked)
 
 
 def start_folder(folder: Path, overwrite: bool) -> None:
@@ -252,7 +253,8 @@ def run_settings(
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
         "zoom": args.zoom,
-        "follow_edges": processor.follow_edges if args.follow_edges is None else args.follow_edges,
+        "follow_edges": task.answer != "text"
+        and (processor.follow_edges if args.follow_edges is None else args.follow_edges),
         "device": device.type,
         "cpu_threads": args.cpu_threads if device.type == "cpu" else None,
     }
@@ -291,6 +293,7 @@ def report(
     lines = [json.dumps({"id": name, "score": value}) + "\n" for name, value in scores.values]
     write_whole(folder / "scores.jsonl", "".join(lines))
     title = f"{args.model} on {task.name}, {source.split}, {source.protocol}" + (", zooming in" if args.zoom else "")
+    title += ", masks following edges" if settings["follow_edges"] else ""
     summary = summarise(result)
     print("\n".join([title, *("  " + line for line in summary), f"  written to {folder / 'result.json'}"]))
     if args.gallery:

@@ -183,7 +183,8 @@ def _number_in_picture(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def mask_reward(processor: Any) -> Callable[..., list[float]]:
-    """The reward: IoU of what is drawn with what is true, as evaluation counts it."""
+    """The reward: IoU of what is drawn with what is true, as evaluation counts it, but that masks are as they were
+    drawn and follow no edges: the model shall not leave its outlines to them."""
 
     def mask_iou(completion_ids: list[list[int]], masks: list, image_size: list, **others: Any) -> list[float]:
         pad, sizes = processor.tokenizer.pad_token_id, [tuple(size) for size in image_size]

@@ -210,7 +210,7 @@ def check_masks(rows: Dataset, processor: Any, output: Path, count: int = 3) -> 
     """Decodes the tokens of some training masks again, writes `check_masks.png` and prints how much of them is left.
 
     Returns:
-        IoU of each with its true mask: about the best that any answer can reach.
+        IoU of each with its true mask: about the best that any answer can reach before it follows edges.
     """
     with_mask = [i for i, conversation in enumerate(rows["masks"]) if conversation and target_masks(rows[i])]
     if not with_mask:

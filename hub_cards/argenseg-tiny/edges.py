@@ -17,6 +17,7 @@ PER_CELL = 4  # pixels of the small copy for each cell of the last scale, along 
 RADIUS = 3  # of the windows, in these pixels
 LEAST_VARIANCE = 1e-4  # of colours in [0, 1]: windows that vary less have no edges, and the map is smoothed there
 LARGEST = 1024  # longer side, in pixels, of the image on which the coefficients are used
+LEAST_LEFT = 0.25  # of what a mask covers around a place: where less would be left, the mask stays as it is
 SPECK = 1 / 256  # of the image's longer side: pixels that differ from most others so near follow these
 
 
@@ -30,11 +31,7 @@ class EdgeGuide:
 
     def __init__(self, image: Image.Image, cells: int) -> None:
         self.side = PER_CELL * cells
-        shrink = min(1.0, LARGEST / max(image.size))
-        if shrink < 1:
-            size = (max(1, round(image.width * shrink)), max(1, round(image.height * shrink)))
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        self.colours = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+        self.colours = torch.from_numpy(np.array(shrink(image))).permute(2, 0, 1).float() / 255
         self.small = resize(self.colours, (self.side, self.side))
         products = (self.small[:, None] * self.small).flatten(0, 1)
         self.mean, mean_of_products = window_means(torch.cat([self.small, products])).split([3, 9])
@@ -54,14 +51,26 @@ class EdgeGuide:
         coefficients = resize(window_means(torch.cat([slope, offset])), tuple(self.colours.shape[1:]))
         return ((coefficients[:3] * self.colours).sum(0) + coefficients[3]).clamp(0, 1)
 
-    def follow(self, white: np.ndarray, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    def follow(self, white: np.ndarray, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray:
         """A map (h, w) in [0, 1], or a bool mask, with the image's edges: float32 (height, width) of `size`, by default
-        the map's own. None if nothing of it would be above the threshold: what is too thin for the windows stays."""
-        guided = without_specks(self(torch.from_numpy(white).float()), threshold)
-        size = white.shape if size is None else size
-        if tuple(guided.shape) != tuple(size):
-            guided = resize(guided[None], size)[0].clamp(0, 1)
-        return guided.numpy() if bool((guided > threshold).any()) else None
+        the map's own. Where most of a thing would vanish that is above the threshold, which has no edges there or is
+        too thin for the windows, the map stays as it is."""
+        plain = torch.from_numpy(white).float()
+        guided = without_specks(self(plain), threshold)
+        there = resize(plain[None], tuple(guided.shape))[0]
+        above = torch.stack([there > threshold, (there > threshold) & (guided > threshold)])
+        before, after = window_means(resize(above.float(), (self.side, self.side)))
+        vanish = resize((after < LEAST_LEFT * before)[None].float(), tuple(guided.shape))[0] > 0.5
+        guided = torch.where(vanish, there, guided)
+        return resize(guided[None], white.shape if size is None else size)[0].clamp(0, 1).numpy()
+
+
+def shrink(image: Image.Image) -> Image.Image:
+    """The image, or a copy of it that has `LARGEST` pixels on its longer side."""
+    factor = LARGEST / max(image.size)
+    if factor >= 1:
+        return image
+    return image.resize([max(1, round(factor * side)) for side in image.size], Image.Resampling.BILINEAR)
 
 
 def without_specks(white: torch.Tensor, threshold: float) -> torch.Tensor:

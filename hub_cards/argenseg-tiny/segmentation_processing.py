@@ -78,7 +78,8 @@ class SegmentationProcessingMixin:
             ids: long tensor (N, T) of codebook indices, or those of the first whole scales: a coarse preview.
             target_sizes: N pairs (height, width). Default: the size of the image, or the picture's own where there is
                 none.
-            threshold: a pixel belongs to the object where its map is above this, from 0 to below 1.
+            threshold: a pixel belongs to the object where its map is above this, from 0 to below 1. Below 0.1 and above
+                0.9 masks that follow edges get halos.
             images: the N images that the masks are of, each `None` or as `load_image` takes it.
             follow_edges: whether the maps follow the edges of the images, see `EdgeGuide`. Default: where there is an
                 image, as the processor says. Previews never do.
@@ -107,14 +108,17 @@ class SegmentationProcessingMixin:
             )
         loaded = _load_images(images, len(ids))
         sizes = _sizes(target_sizes, loaded)
-        guides: list[EdgeGuide | None] = [None] * len(ids)
-        if self._follows_edges(follow_edges, images) and ids.shape[1] == self.num_visual_tokens:
-            guides = self.edge_guides(loaded)
+        follows = self._follows_edges(follow_edges, images) and ids.shape[1] == self.num_visual_tokens
         pictures = [picture for part in ids.split(DECODE_BATCH) for picture in model.decode(part.to(model.device))]
-        maps = []
-        for picture, size, guide in zip(pictures, sizes, guides, strict=True):
-            guided = None if guide is None else guide.follow(picture_to_map(picture, None), threshold, size)
-            maps.append(picture_to_map(picture, size) if guided is None else guided)
+        maps: list[np.ndarray] = []
+        last, guide = None, None
+        for picture, size, image in zip(pictures, sizes, loaded, strict=True):
+            if not follows or image is None:
+                maps.append(picture_to_map(picture, size))
+                continue
+            if guide is None or image is not last:  # masks of one image mostly stand together
+                last, guide = image, self.edge_guide(image)
+            maps.append(guide.follow(picture_to_map(picture, None), threshold, size))
         return maps, [white > threshold for white in maps]
 
     def post_process_segmentation(
@@ -153,13 +157,15 @@ class SegmentationProcessingMixin:
                 labels or scores do not fit the rows; `follow_edges` without images.
         """
         answers = self._read_answers(outputs, prompt_length, stop_at_scale)
-        loaded = _load_images(images, len(answers))
-        sizes = _sizes(target_sizes, loaded)
+        about = {
+            name: [None] * len(answers) if values is None else _checked(name, values, len(answers))
+            for name, values in (("target_sizes", target_sizes), ("images", images))
+        }
         options = {"threshold": threshold, "follow_edges": self._follows_edges(follow_edges, images)}
         counts = [len(pictures) for _, pictures in answers]
         label_rows = _label_rows(labels, counts)
         score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
-        mask_rows = self._decode_rows([pictures for _, pictures in answers], sizes, loaded, **options)
+        mask_rows = self._decode_rows([pictures for _, pictures in answers], about, **options)
         results = []
         for (text, _), *row in zip(answers, label_rows, mask_rows, score_rows, strict=True):
             segments = [{"label": label, "mask": mask, "score": score} for label, mask, score in zip(*row, strict=True)]
@@ -188,30 +194,28 @@ class SegmentationProcessingMixin:
         return [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
 
     def _decode_rows(
-        self, rows: list[list[np.ndarray]], sizes: list, images: list, **options: Any
+        self, rows: list[list[np.ndarray]], about: dict[str, list], **options: Any
     ) -> list[list[np.ndarray]]:
-        """The codebook indices of every picture of every row -> bool masks, decoded together."""
-        flat = [(codes, *about) for row, *about in zip(rows, sizes, images, strict=True) for codes in row]
+        """The codebook indices of every picture of every row -> bool masks, decoded together. `about` are options of
+        `decode_masks` with a value for each row."""
+        flat = [(codes, number) for number, row in enumerate(rows) for codes in row]
         masks: list[Any] = [None] * len(flat)
-        for length in {len(codes) for codes, *_ in flat}:  # one, unless some are previews
-            where = [i for i, (codes, *_) in enumerate(flat) if len(codes) == length]
+        for length in {len(codes) for codes, _ in flat}:  # one, unless some are previews
+            where = [i for i, (codes, _) in enumerate(flat) if len(codes) == length]
             ids = torch.from_numpy(np.stack([flat[i][0] for i in where]))
-            about = {"target_sizes": [flat[i][1] for i in where], "images": [flat[i][2] for i in where]}
-            decoded = self.decode_masks(ids, **about, **options)[1]
+            of_masks = {name: [values[flat[i][1]] for i in where] for name, values in about.items()}
+            decoded = self.decode_masks(ids, **of_masks, **options)[1]
             for i, mask in zip(where, decoded, strict=True):
                 masks[i] = mask
         ordered = iter(masks)
         return [[next(ordered) for _ in row] for row in rows]
 
-    def edge_guides(self, images: list[Image.Image | None]) -> list[EdgeGuide | None]:
-        """The edges of images (upright RGB), for masks of this processor to follow; of the same image once."""
-        cells = self._require_visual_tokenizer().config.patch_nums[len(self.whole_scales) - 1]
-        different = {id(image): image for image in images}
-        found = {key: None if image is None else EdgeGuide(image, cells) for key, image in different.items()}
-        return [found[id(image)] for image in images]
+    def edge_guide(self, image: Image.Image) -> EdgeGuide:
+        """The edges of an image (upright RGB), for masks of this processor to follow."""
+        return EdgeGuide(image, self._require_visual_tokenizer().config.patch_nums[len(self.whole_scales) - 1])
 
     def _follows_edges(self, asked: bool | None, images: list[Any] | None) -> bool:
-        if asked and images is None:
+        if asked and (images is None or all(image is None for image in images)):
             raise ValueError("masks follow the edges of images: pass images=, one for each row or mask")
         return images is not None and (self.follow_edges if asked is None else asked)
 
@@ -242,12 +246,18 @@ def _load_images(images: Any, count: int) -> list[Image.Image | None]:
     """Images as `load_image` makes them; one that is given several times is read once."""
     if images is None:
         return [None] * count
-    if not isinstance(images, (list, tuple)) or len(images) != count:
-        found = len(images) if isinstance(images, (list, tuple)) else describe(images)
-        raise ValueError(f"images needs a list of {count}, one for each row or mask; got {found}")
-    different = {id(image): image for image in images}
+    different = {id(image): image for image in _checked("images", images, count)}
     read = {key: None if image is None else load_image(image) for key, image in different.items()}
     return [read[id(image)] for image in images]
+
+
+def _checked(name: str, values: Any, count: int) -> Any:
+    """The values of an option, one for each row or mask."""
+    several = isinstance(values, (list, tuple)) or (name != "images" and hasattr(values, "__len__"))
+    if not several or len(values) != count:
+        found = len(values) if several else describe(values)
+        raise ValueError(f"{name} needs a list of {count}, one for each row or mask; got {found}")
+    return values
 
 
 def _sizes(target_sizes: Any, images: list[Image.Image | None]) -> list[tuple[int, int] | None]:
@@ -255,9 +265,8 @@ def _sizes(target_sizes: Any, images: list[Image.Image | None]) -> list[tuple[in
     own = [None if image is None else image.size[::-1] for image in images]
     if target_sizes is None:
         return own
-    if len(target_sizes) != len(own):
-        raise ValueError(f"target_sizes needs {len(own)} pairs (height, width), one each; got {len(target_sizes)}")
-    asked: list = [None if size is None else tuple(int(side) for side in size) for size in target_sizes]
+    sizes = _checked("target_sizes", target_sizes, len(own))
+    asked: list = [None if size is None else tuple(int(side) for side in size) for size in sizes]
     if any(size is not None and (len(size) != 2 or min(size) < 1) for size in asked):
         raise ValueError(f"target_sizes must be pairs (height, width) of at least 1; got {asked}")
     return [size or of_image for size, of_image in zip(asked, own, strict=True)]

@@ -181,7 +181,7 @@ def test_encode_and_decode_refuse(processor, toys, mask):
     for code in (-1, toys.num_codes, processor.visual_token_offset):
         with pytest.raises(ValueError, match="visual_token_offset"):
             processor.decode_masks(torch.full((1, 21), code))
-    with pytest.raises(ValueError, match="target_sizes needs 1"):
+    with pytest.raises(ValueError, match="target_sizes needs a list of 1"):
         processor.decode_masks(torch.zeros(1, 21, dtype=torch.long), [(1, 1), (2, 2)])
     with pytest.raises(ValueError, match="at least 1"):
         processor.decode_masks(torch.zeros(1, 21, dtype=torch.long), [(0, 1)])

@@ -113,7 +113,7 @@ def test_malformed_streams(processor, streams):
         processor.post_process_segmentation(torch.cat([whole[:, :5], whole[:, 4:]], dim=1))
     with pytest.raises(ValueError, match=r"\(B, L\)"):
         processor.post_process_segmentation(whole[0])
-    with pytest.raises(ValueError, match="target_sizes needs 1"):
+    with pytest.raises(ValueError, match="target_sizes needs a list of 1"):
         processor.post_process_segmentation(whole, target_sizes=[(1, 1)] * 2)
     for labels in ("dog", ["dog", "cat"]):
         with pytest.raises(ValueError, match="labels needs one entry"):

@@ -217,7 +217,9 @@ class TestAnswers:
         with pytest.raises(ValueError, match="got one with 1 and masks"):
             zoom_in(model, processor, [[*asked, drawn, {"role": "user", "content": "and the grass"}]], [first])
         smaller = [{**asked[0], "content": [{"type": "image", "image": photograph.resize((30, 20))}]}]
-        with pytest.raises(ValueError, match=r"a mask of \(371, 512\) .* an image of \(20, 30\); pass images="):
+        with pytest.raises(
+            ValueError, match=r"a mask of \(371, 512\) .* an image of \(20, 30\); pass images= and follow_edges=False"
+        ):
             zoom_in(model, processor, [smaller], [first])
         previews = GenerationConfig(picture_stop_at_scale=2)
         for options in ({"picture_stop_at_scale": 2}, {"generation_config": previews}):

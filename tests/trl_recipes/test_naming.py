@@ -54,7 +54,7 @@ def test_a_model_that_draws_what_is_named_is_told_from_one_that_does_not_listen(
     several = [one for one in (scenes.scene(i)[0] for i in range(len(scenes))) if len(names_of(one)) > 1]
     shown = iter(several)
 
-    def draw(model, processor, samples):
+    def draw(model, processor, samples, **options):
         scene = next(shown)
         wanted = [sample["text"].removeprefix("the ") for sample in samples]
         if not obedient:
@@ -107,7 +107,7 @@ def test_queries_that_mark_what_is_named_are_told_from_those_that_do_not_listen(
 
 
 def test_nothing_drawn_is_nothing_found(monkeypatch, scenes):
-    monkeypatch.setattr(module, "draw", lambda model, processor, samples: [{"segments": []} for _ in samples])
+    monkeypatch.setattr(module, "draw", lambda model, processor, samples, **_: [{"segments": []} for _ in samples])
     assert drawn(None, None, scenes) == 0.0
 
 

@@ -444,3 +444,6 @@ def test_results_go_into_a_folder_named_after_model_and_task(tmp_path):
     assert evaluate.default_output(str(tmp_path / "tiny"), source) == expected
     assert evaluate.default_output("org/name", source).parts[2] == "org--name"
     assert evaluate.default_output("org/name", source, zoom=True).name == "real-all-per-expression-zoom"
+    for follow, ending in ((True, "edges"), (False, "no-edges")):
+        name = evaluate.default_output("org/name", source, follow_edges=follow).name
+        assert name == f"real-all-per-expression-{ending}"
