@@ -2,7 +2,7 @@
 the paper.
 
 A mask has the resolution of the visual tokenizer's picture, and its outline is of the last scale's cells: a model knows
-better which thing is meant than where it ends. The image knows that. In windows about the size of a cell the map of a
+better which thing is meant than where it ends. The image knows that. In windows nearly two cells wide the map of a
 mask is written as a linear function of the image's colours, and what comes out has the image's edges where there are
 any. The coefficients vary slowly: they are found on a small copy of the image, and used on the image itself (He and
 Sun, "Fast Guided Filter", 2015).
