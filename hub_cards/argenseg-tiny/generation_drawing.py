@@ -30,7 +30,7 @@ class DrawingMixin:
         read in one pass.
 
         Returns:
-            the logits (R, 1 + m, vocabulary) of the text that follows; nothing (R, 0, vocabulary) after a preview.
+            the logits (R, 1 + m, vocabulary) of the text that follows; after a preview nothing, (R, 0, 0).
         """
         sides = self.config.patch_nums
         count = generation_config.picture_stop_at_scale or len(sides)
@@ -48,7 +48,7 @@ class DrawingMixin:
         self._take_down(rows, torch.cat(drawn, dim=1), torch.cat(logprobs, dim=1))
         if count < len(sides):
             rows.extend_mask(rows.waiting, 1)  # of v_t, which nothing was read for
-            return self.lm_head(rows.first_logits.new_empty(rows.ids.shape[0], 0, self.lm_head.in_features))
+            return rows.first_logits.new_empty(rows.ids.shape[0], 0, 0)
         return self.lm_head(hidden[:, -closing.shape[1] :]).float()
 
     def _read_scales(

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from tiny import (
     CAT,
     CODES,
@@ -277,6 +278,18 @@ class TestOutputs:
         out = generate(tiny.model(), left_padded([PROMPTS[1]]), [GEN_START], picture_stop_at_scale=2)
         means = [scale.mean() for scale in out.picture_token_logprobs[0][0].split(SIZES[:2])]
         assert out.picture_scores[0] == [pytest.approx(torch.stack(means).mean().exp().item())]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_preview_in_half_precision(self, dtype):
+        out = generate(tiny.model().to(dtype), left_padded([PROMPTS[1]]), [GEN_START], picture_stop_at_scale=2)
+        assert len(out.picture_token_logprobs[0][0]) == sum(SIZES[:2])
+
+    def test_a_preview_of_a_head_with_an_adapter_around_it(self):
+        net = tiny.model()
+        expected = generate(net, left_padded([PROMPTS[1]]), [GEN_START], picture_stop_at_scale=2)
+        adapted = get_peft_model(net, LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [1]}))
+        found = generate(adapted, left_padded([PROMPTS[1]]), [GEN_START], picture_stop_at_scale=2)
+        assert torch.equal(found.sequences, expected.sequences)
 
     def test_a_certain_picture_scores_one(self):
         net = tiny.model()
