@@ -34,11 +34,31 @@ class DrawingTrainer(DrawingEvaluation):
 
     With `shared_length`, all rows begin with the same so many tokens, up to the image and no label among them: the
     language model, too, reads these once for each image. (Not with gradient checkpointing, which keeps no cache.)
+
+    Labels of text, and those of pictures, count alike wherever they are in an optimizer step: its loss is that of all
+    its rows in one batch, however they are split into batches to be accumulated and among processes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._parts: dict[str, float] = {}
+        self._usual_labels: torch.Tensor | None = None  # of text, and of pictures: mean number in a batch of this step
+        self._logged: dict[str, torch.Tensor] = {}  # parts of the loss, summed up since they were logged
+        self._batches = 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.count_labels(batch).to(device) for batch in batches]
+        if counts:
+            self._usual_labels = self.accelerator.gather(torch.stack(counts).float().mean(0)[None]).mean(0)
+        return batches, items
+
+    def count_labels(self, *parts: dict[str, Any]) -> torch.Tensor:
+        """How many labels (2,) of text and of pictures there are in parts of a batch, and in their `words`."""
+        config = self.accelerator.unwrap_model(self.model).config
+        every = [*parts, *(part["words"] for part in parts if "words" in part)]
+        labels = torch.cat([part["labels"][:, 1:].flatten() for part in every])
+        visual = config.is_visual(labels)
+        return torch.stack([((labels != -100) & ~visual).sum(), visual.sum()])
 
     def extra_loss(self, model: Any, image: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
         """A loss on image features, to be added; takes what it needs out of `inputs`. What it leaves in `image` is what
@@ -70,34 +90,44 @@ class DrawingTrainer(DrawingEvaluation):
                 part["logits_to_keep"] = before_labels(part["labels"])
             parts[0]["output_hidden_states"] = shares is not None
             outputs = [model(**part) for part in parts]
-            loss, text_loss = self.whole_loss(outputs, parts)
+            text_loss, visual_loss = self.text_and_visual_loss(outputs, parts)
             if shares is not None:
                 unwrapped = self.accelerator.unwrap_model(model)
                 hidden, rows = at_queries(unwrapped, outputs[0].hidden_states[-1], parts[0]["input_ids"])
                 learned = (parts[0]["labels"][rows] != -100).any(1)  # other rows only fill up the batch
                 rows = rows[learned]
                 logged["mask_region_loss"] = self.query_loss(hidden[learned], images[rows], shares[rows])
-            loss = sum(logged.values(), start=loss)
-            logged |= {"text_loss": text_loss, "visual_loss": outputs[0].visual_loss}
-        if model.training and (self.state.global_step + 1) % self.state.logging_steps == 0:  # this step is logged
-            self._parts = {name: round(float(value.detach()), 4) for name, value in logged.items()}
+            weight = self.accelerator.unwrap_model(model).config.visual_loss_weight
+            loss = sum(logged.values(), start=text_loss + weight * visual_loss)
+            logged |= {"text_loss": text_loss, "visual_loss": visual_loss}
+        if model.training:
+            self._logged = {name: self._logged.get(name, 0) + value.detach() for name, value in logged.items()}
+            self._batches += 1
         outputs[0].loss = loss
         return (loss, outputs[0]) if return_outputs else loss
 
-    def whole_loss(self, outputs: list[Any], parts: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and text loss of all parts, the first of which may draw: text labels count alike wherever they are."""
-        first = outputs[0]
-        if len(outputs) == 1:
-            return first.loss, first.text_loss
-        config = self.accelerator.unwrap_model(self.model).config
-        labels = [part["labels"][:, 1:] for part in parts]
-        counts = [((one != -100) & ~config.is_visual(one)).sum() for one in labels]
-        text = sum(out.text_loss * count for out, count in zip(outputs, counts, strict=True)) / sum(counts).clamp(min=1)
-        return text + config.visual_loss_weight * first.visual_loss, text
+    def text_and_visual_loss(
+        self, outputs: list[Any], parts: list[dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses of the text and of the pictures of all parts, only the first of which may draw, weighted so that their
+        means over the batches of an optimizer step are means over its labels."""
+        counts = [self.count_labels(part) for part in parts]
+        text, visual = sum(counts)
+        text_loss = outputs[0].text_loss
+        if len(outputs) > 1:
+            sums = (out.text_loss * count[0] for out, count in zip(outputs, counts, strict=True))
+            text_loss = sum(sums) / text.clamp(min=1)
+        if self._usual_labels is None:  # not in training
+            return text_loss, outputs[0].visual_loss
+        weights = torch.stack([text, visual]) / self._usual_labels.clamp(min=1e-6)
+        return text_loss * weights[0], outputs[0].visual_loss * weights[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs, self._parts = {**logs, **self._parts}, {}
+        if "loss" in logs and self._batches:
+            means = torch.stack([total.float() for total in self._logged.values()]) / self._batches
+            means = self.accelerator.gather(means[None]).mean(0).tolist()
+            logs = logs | {name: round(mean, 4) for name, mean in zip(self._logged, means, strict=True)}
+            self._logged, self._batches = {}, 0
         super().log(logs, *args, **kwargs)
 
 

@@ -45,6 +45,7 @@ from .picture_grid import picture_grid, save_picture
 from .resume import train_or_go_on, where_to_go_on
 from .run_settings import run_settings, start_run
 from .settings_files import write_whole
+from .training_options import refuse_ignored, refuse_several_gpus
 
 RESULTS = ("adapter", "merged")  # of a run
 COARSE = 0.7  # reconstruction IoU of training masks below which a warning is given
@@ -252,11 +253,14 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
+    refuse_ignored(training, ("label_smoothing_factor",), "the loss is the model's own")
+    refuse_several_gpus(training)
     where_to_go_on(training)  # or it says why not
     output = Path(training.output_dir or ".")
     output.mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
     model, processor = load_model(recipe, on_cpu=training.device.type == "cpu")
+    processor.visual_tokenizer.to(training.device)
     rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     print(
@@ -362,7 +366,7 @@ def report(trainer: MaskEvaluation, folder: Path) -> None:
         print(f"step {entry['step']:6.0f}: {show_metrics(entry)}")
     best = trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best:
-        print(f"merged: {Path(best).name}, the best on validation")
+        print(f"kept: {Path(best).name}, the best on validation")
     print(f'use it: pipeline("image-segmentation", model="{folder}")')
 
 

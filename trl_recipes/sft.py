@@ -46,7 +46,7 @@ from .mask_data import MaskCollator, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
-from .training_options import refuse
+from .training_options import refuse, refuse_ignored, refuse_several_gpus
 
 with needing("train", __name__):
     from trl import (
@@ -60,6 +60,7 @@ with needing("train", __name__):
 
 RESULTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "merged")  # of a run
 REFUSED = ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
+IGNORED = ("loss_type", "label_smoothing_factor", "completion_only_loss")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
 
@@ -138,12 +139,14 @@ def begin(
     Raises:
         ValueError: with what is wrong, and how to mend it.
     """
+    refuse_several_gpus(training)
     where_to_go_on(training)  # or it says why not
     training.remove_unused_columns = False  # images are opened late
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(training.seed)
     model, processor = load_model(model_args)
     recipe.set_search_steps(processor)
+    processor.visual_tokenizer.to(training.device)
     config = adapters(model, model_args)
     if config is None:
         freeze(model, recipe.train_vision_tower)
@@ -157,6 +160,7 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
         ValueError: with what is wrong, and how to mend it.
     """
     refuse(training, REFUSED, "does not go with rows that are tokenised before training")
+    refuse_ignored(training, IGNORED, "the loss is the model's own, on answers alone")
     training.max_length = None  # a picture cannot be cut
     model, processor, config = begin(recipe, training, model_args)
     output = Path(training.output_dir)

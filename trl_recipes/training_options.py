@@ -20,6 +20,19 @@ def refuse_many_processes(training: TrainingArguments) -> None:
         )
 
 
+def refuse_several_gpus(training: TrainingArguments) -> None:
+    """For models that cannot be given parts of a batch, as one process with several GPUs would (`DataParallel`).
+
+    Raises:
+        ValueError: there is one process with several GPUs.
+    """
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"this process sees {training.n_gpu} GPUs: start one for each, by accelerate launch --num_processes "
+            f"{training.n_gpu} -m ... in place of python -m ..., or put CUDA_VISIBLE_DEVICES=0 before the command"
+        )
+
+
 def refuse(options: Any, names: Sequence[str], why: str) -> None:
     """For options (fields of a dataclass) that do not go with what a command does.
 

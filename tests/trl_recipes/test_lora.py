@@ -203,7 +203,8 @@ def test_an_output_of_an_earlier_version_goes_on(finished, known_folder, data, c
 
 @pytest.mark.slow
 def test_two_processes_write_one_model(known_folder, data, tmp_path):
-    words = command(known_folder, data, tmp_path / "out", max_steps=2, eval_steps=1, save_steps=1)
+    steps = {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "logging_steps": 1}
+    words = command(known_folder, data, tmp_path / "out", **steps, per_device_train_batch_size=3)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "-m", "trl_recipes.lora"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -212,6 +213,11 @@ def test_two_processes_write_one_model(known_folder, data, tmp_path):
     assert [entry["step"] for entry in lora.read_metrics(tmp_path / "out")] == [0, 1, 2]
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out/merged")
     assert not list((tmp_path / "out").rglob("*.part*"))
+    lora.main(command(known_folder, data, tmp_path / "one", **steps, per_device_train_batch_size=6))
+    states = (json.loads((tmp_path / f"{name}/checkpoint-2/trainer_state.json").read_text()) for name in ("out", "one"))
+    two, one = ([entry for entry in state["log_history"] if "loss" in entry] for state in states)
+    for name in ("loss", "text_loss", "visual_loss", "grad_norm"):  # of the same six rows
+        assert [entry[name] for entry in two] == pytest.approx([entry[name] for entry in one], rel=2e-3), name
 
 
 def parsed(words: list[str]) -> tuple[lora.LoraArguments, lora.LoraTrainingArguments]:
@@ -284,6 +290,7 @@ def test_without_validation_data_images_are_set_aside(data):
         ({"columns": "picture=photo"}, "--columns takes image=NAME"),
         ({"max_adapter_share": 1e-4}, "--lora_targets attention"),
         ({"lora_rank": 0}, "--lora_rank 0: the smallest rank is 1"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor would change nothing"),
         ({"eval_samples": 0}, "--eval_samples 0: give at least 1"),
         ({"eval_steps": 0.25, "save_steps": 0.1}, r"--save_steps 0\.25.*--load_best_model_at_end False"),
         ({"eval_steps": 2, "save_steps": 1}, "--save_steps 2"),

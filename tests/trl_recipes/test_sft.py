@@ -14,7 +14,7 @@ import yaml
 from adapted import check_what_moved
 from own_masks import STEPS, trl_command
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, TrainingArguments
 from trl import SFTTrainer
 
 from trl_recipes import sft
@@ -130,6 +130,45 @@ def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
     assert abs(theirs - expected[0.25]) > 1e-3  # TRL's own would be another
 
 
+SPLITS = [(6, 1), (2, 3), (1, 6)]
+
+
+@pytest.mark.parametrize("config", ["sft_full", "sft_lora"])
+def test_a_step_is_the_same_however_its_rows_are_split(config, toy_folder, data, tmp_path):
+    """Some of the small batches draw nothing, and their answers are of other lengths."""
+    first = {}
+    for rows, batches in SPLITS:
+        options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batches, "max_steps": 1}
+        quick = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+        trainer = prepared(trl_command(config, toy_folder, data, tmp_path / f"{rows}", **options, **quick))
+        trainer.train()
+        first[rows] = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
+        weight = trainer.accelerator.unwrap_model(trainer.model).config.visual_loss_weight
+        parts = first[rows]["text_loss"] + weight * first[rows]["visual_loss"]
+        assert parts == pytest.approx(first[rows]["loss"], rel=1e-3)
+    for entry in first.values():
+        for name in ("loss", "grad_norm", "text_loss", "visual_loss"):
+            assert entry[name] == pytest.approx(first[6][name], rel=1e-3), name
+
+
+def test_the_parts_of_the_loss_are_means_over_the_steps_since_they_were_logged(toy_folder, data, tmp_path):
+    logged = {}
+    for every in (1, 3):
+        options = {"max_steps": 3, "logging_steps": every, "eval_strategy": "no", "save_strategy": "no"}
+        trainer = prepared(trl_command("sft_full", toy_folder, data, tmp_path / f"{every}", **options))
+        trainer.train()
+        logged[every] = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    for name in ("loss", "text_loss", "visual_loss"):
+        mean = sum(entry[name] for entry in logged[1]) / 3
+        assert logged[3][0][name] == pytest.approx(mean, rel=1e-3)
+
+
+def test_several_gpus_for_one_process_are_refused(toy_folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(SystemExit, match="sees 2 GPUs.*--num_processes 2.*CUDA_VISIBLE_DEVICES=0"):
+        sft.main(trl_command("sft_full", toy_folder, data, tmp_path / "out"))
+
+
 def test_only_the_first_of_several_processes_writes_the_learning_curve(toy_folder, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sft.MaskSFTTrainer, "is_world_process_zero", lambda self: False)
     trainer = prepared(trl_command("sft_full", toy_folder, data, tmp_path, max_steps=1, eval_strategy="no"))
@@ -203,6 +242,9 @@ def test_the_configurations_are_read_and_the_command_line_goes_before_them(name,
     [
         ({"packing": True}, "--packing does not go with"),
         ({"padding_free": True}, "--padding_free"),
+        ({"loss_type": "dft"}, "--loss_type would change nothing: the loss is the model's own"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor would change nothing"),
+        ({"completion_only_loss": False}, "--completion_only_loss would change nothing"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is no whole checkpoint"),
     ],
