@@ -93,7 +93,7 @@ class PrefillMixin:
             return nothing
         plain = not (config.do_sample or processors or config.output_scores or config.output_logits)
         plain = plain and all(isinstance(criterion, EosTokenCriteria) for criterion in criteria)
-        plain = plain and config.prefill_chunk_size is None and rows.model_kwargs.get("inputs_embeds") is None
+        plain = plain and config.prefill_chunk_size is None
         at = ids.index(self.config.gen_start_token_id) + 1
         eos = config._eos_token_tensor
         ends = [] if eos is None else eos.flatten().tolist()

@@ -400,7 +400,7 @@ class ARGenSegForConditionalGeneration(
             keep = logits_to_keep if masked else torch.ones_like(targets, dtype=torch.bool)
             if self.training if skip_logits is None else skip_logits:
                 keep = keep & (targets != -100)
-                losses = token_losses(self.lm_head, hidden[keep], targets[keep])
+                losses = token_losses(self.lm_head, hidden[keep], targets[keep], self.config.text_config.vocab_size)
             else:
                 logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
                 losses = cross_entropy(logits.flatten(0, -2), targets[keep])

@@ -74,8 +74,8 @@ def zoom_in(
         options: of `generate`.
 
     Returns:
-        the answers with new masks. A mask stays, but for the edges, if it is empty, if it reaches so far that a view
-        would be the whole image, or if the views do not show what it shows. Texts, labels and scores are those of the
+        the answers with new masks. A mask stays, but for the edges, if it is empty, if it reaches so far that both
+        views would be the whole image, or if they do not show what it shows. Texts, labels and scores are those of the
         first look.
 
     Raises:
@@ -118,8 +118,10 @@ def check_zoom_options(model: Any, options: dict[str, Any]) -> None:
 
 def generate_option(model: Any, options: dict[str, Any], name: str) -> Any:
     """What `generate(**options)` takes for one of them: given by name, in a configuration, or set for the model."""
-    config = options.get("generation_config") or model.generation_config
-    return options.get(name, getattr(config, name, None))
+    if name in options:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
 
 
 def boxes_around(mask: np.ndarray) -> list[Box]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .var_quantizer import MultiScaleQuantizer
 
-APART = 2  # cells that are tried at the same time stand so far apart: each of their neighbourhoods tells of one
+APART = 2  # cells that are tried at the same time stand so far apart: none is in the neighbourhood of another
 LONGER, SHORTER = 1.5, 0.4  # what becomes of a cell's step after success and after failure
 PRICE = 0.06  # of a nat of a token's surprise, in nats of the picture's pixels
 SHARPNESS = 16.0  # times the decoded value is a pixel's logit of white: little but the side of the edge counts

@@ -132,12 +132,6 @@ def convert_state_dict(released: Mapping[str, torch.Tensor], config: ARGenSegCon
     return native
 
 
-def visual_tokenizer_state_dict(released: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The part of a released state dict that is the `VARTokenizer`."""
-    start = len(TOKENIZER_PREFIX)
-    return {key[start:]: tensor for key, tensor in released.items() if key.startswith(TOKENIZER_PREFIX)}
-
-
 def revert_state_dict(
     native: Mapping[str, torch.Tensor], visual_tokenizer: Mapping[str, torch.Tensor], config: ARGenSegConfig
 ) -> dict[str, torch.Tensor]:

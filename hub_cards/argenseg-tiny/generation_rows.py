@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 class Rows:
     """State of the loop of `generate`.
 
-    `ids` are in the caller's order. The cache may hold the columns of the prompt in another one (`SharedPrefix` puts
+    `ids` are in the caller's order. The cache may hold the columns of the prompt in another one (`EncodedImage` puts
     the padding behind what is shared); `mask` is in the order of the cache, and both have as many columns.
     """
 

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32; the backward pass holds about three times as much
 
 
-def token_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Cross-entropy (N,) of each target (N,) under `head(hidden)`, hidden (N, width), in fp32.
 
     The logits (N, vocabulary) never exist at once: they are made in parts, and again in the backward pass. Any head
     will do, also one with an adapter around it.
     """
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])  # wrappers of peft have no out_features
+    rows = max(1, LOGITS_AT_ONCE // vocab_size)  # sharded heads have no weights here, and wrappers no out_features
     if hidden.shape[0] <= rows:
         return cross_entropy(head(hidden), targets)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_argenseg import ARGenSegConfig, ARGenSegForConditionalGeneration, VARTokenizer, VARTokenizerConfig
-from modeling_argenseg.conversion_argenseg import convert_config, convert_state_dict, visual_tokenizer_state_dict
+from modeling_argenseg.conversion_argenseg import TOKENIZER_PREFIX, convert_config, convert_state_dict
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "golden" / "tiny256"
 IMAGE_TOKEN_ID = 280
@@ -59,5 +59,7 @@ def golden() -> Golden:
 @pytest.fixture(scope="session")
 def golden_tokenizer(golden: Golden) -> VARTokenizer:
     tokenizer = VARTokenizer(golden.config().visual_tokenizer_config)
-    tokenizer.load_state_dict(visual_tokenizer_state_dict(golden.released))
+    released = golden.released.items()
+    own = {key.removeprefix(TOKENIZER_PREFIX): value for key, value in released if key.startswith(TOKENIZER_PREFIX)}
+    tokenizer.load_state_dict(own)
     return tokenizer.eval()

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    GenerationConfig,
     ImageSegmentationPipeline,
     SegformerConfig,
     SegformerForSemanticSegmentation,
@@ -299,6 +300,7 @@ def test_previews_that_a_configuration_asks_for(
     other = pipeline("image-segmentation", model=str(toy_folder))
     other.model.generation_config.picture_stop_at_scale = 2
     assert simple(other(photograph, text=SQUARE)) == seen
+    assert simple(other(photograph, text=SQUARE, generation_config=GenerationConfig(max_new_tokens=20))) == seen
 
 
 def test_model_objects(pipe: Any, toy_folder: Path, photograph: Image.Image) -> None:

@@ -84,7 +84,7 @@ class Running:
             return
         overlap = count_overlap(mask, sample.load_mask(), sample.load_ignore() if sample.load_ignore else None)
         self.count += 1
-        self.ious += iou_of(overlap.intersection, overlap.union)
+        self.ious += overlap.iou
         self.intersection += overlap.intersection
         self.union += overlap.union
 

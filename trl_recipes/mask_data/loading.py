@@ -179,15 +179,17 @@ def find_split(data: str | Path, split: str) -> Path | DatasetDict | str | None:
     if (path / "dataset_dict.json").is_file():
         return next((path / name for name in names if (path / name).is_dir()), None)
     for name in names if path.is_dir() else ():
-        for candidate in (path / name, *(path / f"{name}{suffix}" for suffix in (".jsonl", ".json", ".parquet"))):
-            if candidate.exists():
-                return candidate
-    return path if split == "train" and not _split_folder(path) else None
+        found = _part(path, name)
+        if found is not None:
+            return found
+    parts = (_part(path, name) for names in SPLIT_NAMES.values() for name in names)
+    return path if split == "train" and all(part is None for part in parts) else None
 
 
-def _split_folder(path: Path) -> bool:
-    every = [name for names in SPLIT_NAMES.values() for name in names]
-    return path.is_dir() and any((path / f"{name}{s}").exists() for name in every for s in ("", ".jsonl", ".parquet"))
+def _part(path: Path, name: str) -> Path | None:
+    """What a folder has under the name of a split."""
+    candidates = (path / f"{name}{suffix}" for suffix in ("", ".jsonl", ".json", ".parquet"))
+    return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
 def _hub_split(name: str, names: tuple[str, ...]) -> str | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, List, Value
 
 ALIASES = {
     "image": ("image", "file_name", "image_path"),
@@ -25,7 +25,6 @@ COLUMNS = Features(
         "conversation": List({"role": Value("string"), "content": Value("string")}),
     }
 )
-FEATURES = Features(COLUMNS | {"image": Image()})
 
 
 class BadSample(ValueError):

@@ -142,16 +142,18 @@ class AverageHausdorff(Accumulator):
 
     def _measure(self, table: dict[str, np.ndarray]) -> dict[str, float]:
         """`mahd`, `mahd@<T>` and `count@<T>`, `undefined`, `count`; means over no samples are left out."""
-        defined = table["forward"] >= 0
+        chosen = self._chosen(table)
         result: dict[str, float] = self._means(table)
-        ious = table["intersection"] / np.maximum(table["union"], 1)
-        result |= {f"count@{t:g}": int(np.count_nonzero(defined & (ious > t))) for t in self.thresholds}
-        result |= {"undefined": int(np.count_nonzero(~defined)), "count": len(defined)}
+        result |= {f"count@{t:g}": int(np.count_nonzero(chosen[f"mahd@{t:g}"])) for t in self.thresholds}
+        result |= {"undefined": int(np.count_nonzero(~chosen["mahd"])), "count": len(chosen["mahd"])}
         return result | by_kind(table, self._means)
 
     def _means(self, table: dict[str, np.ndarray]) -> dict[str, float]:
+        distances = (table["forward"] + table["backward"]) / 2
+        return {name: exact_mean(distances[rows]) for name, rows in self._chosen(table).items() if rows.any()}
+
+    def _chosen(self, table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Which samples (N,) are in each mean."""
         defined = table["forward"] >= 0
         ious = table["intersection"] / np.maximum(table["union"], 1)
-        distances = (table["forward"] + table["backward"]) / 2
-        chosen = {"mahd": defined} | {f"mahd@{t:g}": defined & (ious > t) for t in self.thresholds}
-        return {name: exact_mean(distances[rows]) for name, rows in chosen.items() if rows.any()}
+        return {"mahd": defined} | {f"mahd@{t:g}": defined & (ious > t) for t in self.thresholds}

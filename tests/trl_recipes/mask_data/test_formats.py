@@ -284,6 +284,12 @@ def test_splits_are_folders_or_files(tmp_path):
     assert not has_split(tmp_path / "b/train.jsonl", "validation")
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_a_folder_with_another_split_alone_is_no_training_data(tmp_path, suffix):
+    (tmp_path / f"validation{suffix}").touch()
+    assert has_split(tmp_path, "validation") and not has_split(tmp_path, "train")
+
+
 def test_no_image_is_on_both_sides_of_a_split(tmp_path):
     found = load(own_masks.as_jsonl(tmp_path / "own"))
     train, validation = split_by_image(found, share=0.1)
