@@ -207,6 +207,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         **model_kwargs: Any,
     ) -> ARGenSegGenerateOutput | torch.Tensor:
         self._check_options(generation_config, synced_gpus)
+        self._check_image(input_ids, model_kwargs)
         cut = self.config.image_grid is not None or bool(self.config.is_visual(input_ids).any())
         if generation_config.prefill_chunk_size is not None and cut:
             raise ValueError("prefill_chunk_size would cut the pictures of the prompt, or the grid of an image")
@@ -306,6 +307,17 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             **{CACHE: rows.settle(rows.model_kwargs[CACHE])},
         )
 
+    def _check_image(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
+        image = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if any(given is not None for given in (image, *map(model_kwargs.get, ("pixel_values", "encoded_image")))):
+            return
+        cache = model_kwargs.get(CACHE)
+        if (cache is None or not cache.get_seq_length()) and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "the prompt holds an image, and none came: pass pixel_values (all that the processor returned, "
+                "**inputs), encoded_image, or the cache of a generation that has read it"
+            )
+
     def _check_options(self, generation_config: GenerationConfig, synced_gpus: bool) -> None:
         if generation_config.use_cache is False:
             raise ValueError("drawing needs the key-value cache: leave use_cache=True")
@@ -316,7 +328,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
                 "generate does not collect attentions or hidden states; run a forward pass over the returned sequences"
             )
         stop, scales = generation_config.picture_stop_at_scale, len(self.config.patch_nums)
-        if stop is not None and stop not in range(1, scales + 1):
+        if stop is not None and not (isinstance(stop, int) and 1 <= stop <= scales):
             raise ValueError(f"picture_stop_at_scale must be from 1 to {scales}, the model's scales; got {stop!r}")
         prefill, ids = generation_config.picture_prefill, generation_config.picture_answer_ids
         if prefill not in PREFILL:

@@ -34,6 +34,8 @@ class PrefillMixin:
                     "picture_guidance_scale needs the unconditional prompts: pass negative_input_ids and "
                     "negative_attention_mask (processor(text=[...]) makes them)"
                 )
+            if negative.shape[0] != batch:
+                raise ValueError(f"got {batch} prompts and {negative.shape[0]} unconditional ones: each needs its own")
             negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask
             starts = self.config.gen_start_token_id
             if not torch.equal(input_ids[:, -1] == starts, negative[:, -1] == starts):

@@ -56,6 +56,11 @@ class GenerationProjector(nn.Sequential):
             layers += [nn.GELU(), nn.Linear(width, width)]
         super().__init__(*layers)
 
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of any dtype; weights may be of another, or packed by a quantizer and no parameters any more."""
+        weight = next(self.parameters(), features)
+        return super().forward(features.to(weight.dtype))
+
 
 class ARGenSegPreTrainedModel(PreTrainedModel):
     config_class = ARGenSegConfig
@@ -166,7 +171,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         scales = [torch.full((sizes[k],), k, device=device) for k in range(first_scale, last_scale + 1)]
         start = sum(sizes[:first_scale])
         positions = torch.arange(start, start + features.shape[1], device=device)
-        projected = self.generation_projector(features.to(next(self.generation_projector.parameters()).dtype))
+        projected = self.generation_projector(features)
         added = self.scale_embedding(torch.cat(scales)) + self.position_embedding(positions)
         return projected.to(added.dtype) + added
 

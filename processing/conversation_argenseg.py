@@ -13,10 +13,12 @@ def segmentation_conversation(image: Any, prompt: str, mask: Any, request: str, 
         answer: wording with `{mask}`.
 
     Raises:
-        ValueError: the prompt is empty.
+        ValueError: the prompt is empty, or no Unicode.
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"the prompt is empty; say what to segment (got {prompt!r})")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError(f"the prompt {prompt!r} holds half of a UTF-16 pair, which is no character")
     question = {"type": "text", "text": request.replace("{prompt}", prompt.strip())}
     conversation = [{"role": "user", "content": [{"type": "image", "image": image}, question]}]
     if mask is not None:

@@ -8,9 +8,9 @@ they are, with a warning. (PNG's sBIT chunk says nothing about it: by the standa
 """
 
 import base64
-import binascii
 import os
 import warnings
+from collections.abc import Iterable
 from io import BytesIO
 from typing import Any
 from urllib.request import Request, urlopen
@@ -21,7 +21,13 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 TIMEOUT_S = 30
+BYTES = (bytes, bytearray, memoryview)
 FEWER_BITS = (8, 10, 12, 14)  # that values in 16-bit samples may have
+
+
+def is_file(source: Any) -> bool:
+    """Whether it is an image file: a path, URL, base64 string, its bytes, or a binary file that is open."""
+    return isinstance(source, (str, os.PathLike, *BYTES)) or callable(getattr(source, "read", None))
 
 
 def describe(source: Any) -> str:
@@ -32,21 +38,26 @@ def describe(source: Any) -> str:
     return f"the given {type(source).__name__}"
 
 
-def open_image(source: str | os.PathLike) -> Image.Image:
-    """Open a path, `http(s)://` or `data:` URL or base64 string with PIL, in the file's own mode.
+def open_image(source: Any) -> Image.Image:
+    """Open a path, `http(s)://` or `data:` URL, base64 string, bytes or binary file with PIL, in the file's own mode.
 
     Raises:
         ValueError: nothing there, not an image, a broken or a dangerously large one; the message names the source.
     """
     try:
-        image = Image.open(_file_of(os.fspath(source)))
+        image = Image.open(_file_of(source))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read an image from {describe(source)}: {error}") from error
     return image
 
 
-def _file_of(source: str) -> str | BytesIO:
+def _file_of(source: Any) -> Any:
+    if isinstance(source, BYTES):
+        return BytesIO(source)
+    if not isinstance(source, (str, os.PathLike)):
+        return source
+    source = os.fspath(source)
     if source.startswith(("http://", "https://")):
         # some hosts turn urllib's own name away
         with urlopen(Request(source, headers={"User-Agent": "transformers"}), timeout=TIMEOUT_S) as response:
@@ -55,17 +66,22 @@ def _file_of(source: str) -> str | BytesIO:
         return source
     try:
         encoded = source.split(",", 1)[1] if source.startswith("data:") else source
-        return BytesIO(base64.b64decode(encoded, validate=True))
-    except (binascii.Error, IndexError, ValueError):
-        raise ValueError("no such file, and neither a URL nor base64") from None
+        encoded = "".join(encoded.split()).translate(str.maketrans("-_", "+/"))  # lines, and base64 for URLs
+        file = BytesIO(base64.b64decode(encoded, validate=True))
+        Image.open(file)
+    except (IndexError, OSError, ValueError):
+        raise ValueError("no such file, and neither a URL nor base64 of an image") from None
+    file.seek(0)
+    return file
 
 
 def load_image(source: Any) -> Image.Image:
     """Load one image in any accepted form as an upright RGB `PIL.Image` of 8 bits a channel.
 
     Args:
-        source: `PIL.Image`, path, URL, base64 string, or an array or tensor of shape (H, W), (H, W, C) or (C, H, W)
-            with C in 1, 3, 4. Arrays hold 0..255 (uint8), 0..65535 (uint16), 0..1 (floats) or booleans.
+        source: `PIL.Image`, path, URL, base64 string, bytes of a file, an open binary file, or an array or tensor of
+            shape (H, W), (H, W, C) or (C, H, W) with C in 1, 3, 4. Arrays hold 0..255 (uint8), 0..65535 (uint16), 0..1
+            (floats) or booleans.
 
     Warns:
         UserWarning: the 16-bit values of a grey image or an array are so low that they may have fewer bits.
@@ -74,13 +90,21 @@ def load_image(source: Any) -> Image.Image:
         ValueError: broken, empty or ambiguous input.
         TypeError: something that is no image at all.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return _pil_to_rgb(open_image(source), describe(source))
     if isinstance(source, Image.Image):
         return _pil_to_rgb(source, describe(source))
+    if is_file(source):
+        return _pil_to_rgb(open_image(source), describe(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _array_to_rgb(source, describe(source))
-    raise TypeError(f"an image must be a PIL image, path, URL, array or tensor, not {type(source).__name__}")
+    raise TypeError(f"an image must be a PIL image, path, URL, bytes, array or tensor, not {type(source).__name__}")
+
+
+def load_images(sources: Iterable[Any]) -> list[Image.Image | None]:
+    """Images as `load_image` makes them, None where there is none; what is given several times is read once."""
+    sources = list(sources)
+    different = {id(source): source for source in sources}
+    read = {key: None if source is None else load_image(source) for key, source in different.items()}
+    return [read[id(source)] for source in sources]
 
 
 def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:

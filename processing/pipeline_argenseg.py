@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, GenerationConfig, Pipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .edges import shrink
-from .image_inputs import load_image
+from .image_inputs import is_file, load_image
 from .segmentation_processing import check_threshold
 from .zoom import check_zoom_options, generate_option, zoom_in
 
@@ -37,6 +38,7 @@ EACH_ITS_TEXT = (
     "For several images, text is one prompt for all of them, or a list that has for each image its prompt or its list "
     "of prompts"
 )
+logger = logging.get_logger(__name__)
 # what `pipeline` hands on although it has used it up itself
 NOT_FOR_GENERATE = ("local_files_only",)
 
@@ -109,8 +111,8 @@ class ARGenSegPipeline(Pipeline):
         """Segment images by prompts.
 
         Args:
-            inputs: an image (`PIL.Image`, path, URL, array, tensor), or several: a list, a generator, a data set or a
-                column of one. Items may also be `{"image": ..., "text": ...}`, which need no `text` beside them.
+            inputs: an image (`PIL.Image`, path, URL, bytes, array, tensor), or several: a list, a generator, a data set
+                or a column of one. Items may also be `{"image": ..., "text": ...}`, which need no `text` beside them.
             text: for one image, a prompt or a list of prompts. For several images a prompt for all of them, or a list
                 (or column, or generator) that has for each image its prompt or its list of prompts.
             multi_mask: if the model draws several pictures for one prompt, `"union"` (the default) makes one mask of
@@ -131,8 +133,11 @@ class ARGenSegPipeline(Pipeline):
             picture, is drawn has no entry. For a list of images a list of such lists; for generators and data sets an
             iterator over them, which works as it is consumed.
 
+        An answer that a limit (`max_new_tokens`, `max_time`) cut before it drew is warned of.
+
         Raises:
-            ValueError: no text, an empty prompt, images and texts that differ in number, an unreadable image.
+            ValueError: no text, an empty prompt or one with a marker of an image or a mask in it, images and texts that
+                differ in number, an unreadable image.
             TypeError: an unknown option.
         """
         inputs = kwargs.pop("images", inputs)
@@ -193,7 +198,10 @@ class ARGenSegPipeline(Pipeline):
         prompts = text if item.get("text") is None else item["text"]
         if prompts is None:
             raise ValueError('say what to segment: pipe(image, text="the red mug")')
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = _prompts(prompts)
+        for prompt, markers in ((prompt, self.processor.markers_in(prompt)) for prompt in prompts):
+            if markers:
+                raise ValueError(f"the prompt {prompt!r} holds {markers[0]}, which stands for an image or a mask")
         image = load_image(item["image"])
         picture: dict[str, Any] = {
             "labels": prompts,
@@ -231,6 +239,7 @@ class ARGenSegPipeline(Pipeline):
             return_tensors="pt",
         )
         outputs = self.forward({**inputs, "image": self._image_inputs(requests)}, **options)
+        self._warn_of_cut_answers(requests, outputs["sequences"][:, inputs["input_ids"].shape[1] :], options)
         answers = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
             target_sizes=[picture["size"] for picture, _ in requests],
@@ -246,6 +255,20 @@ class ARGenSegPipeline(Pipeline):
             answers = self._zoom_in(requests, answers, **options)
         for (picture, _), answer in zip(requests, answers, strict=True):
             picture["answers"].append(answer["segments"])
+
+    def _warn_of_cut_answers(
+        self, requests: list[tuple[dict, int]], answers: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        """Tells of answers (B, L) that neither draw nor end: what they would have gone on with is not known."""
+        ends = generate_option(self.model, options, "eos_token_id")
+        last = [self.processor.tokenizer.eos_token_id] if ends is None else ends if isinstance(ends, list) else [ends]
+        whole = torch.isin(answers, torch.tensor([*last, self.processor.gen_start_token_id])).any(1)
+        for (picture, number), ids in ((requests[row], answers[row]) for row in (~whole).nonzero()[:, 0].tolist()):
+            said = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+            logger.warning(
+                f"the answer to {picture['labels'][number]!r} was cut at {said!r}, before it drew anything or ended: "
+                "give it more room (max_new_tokens) or time (max_time)"
+            )
 
     def _zoom_in(self, requests: list[tuple[dict, int]], answers: list[dict], **options: Any) -> list[dict]:
         conversations = [picture["conversations"][number] for picture, number in requests]
@@ -344,7 +367,19 @@ def _is_one(inputs: Any) -> bool:
     """Whether `inputs` is one image (or one item with its text), not several."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
         return inputs.ndim < 4
-    return isinstance(inputs, (str, PathLike, Image.Image, Mapping))
+    return isinstance(inputs, (Image.Image, Mapping)) or is_file(inputs)
+
+
+def _prompts(text: Any) -> list[str]:
+    """
+    Raises:
+        ValueError: neither a prompt nor several.
+    """
+    several = [text] if isinstance(text, str) or not isinstance(text, Iterable) else list(text)
+    for one in several:
+        if not isinstance(one, str):
+            raise ValueError(f"text must be a prompt or a list of prompts; got {one!r}, a {type(one).__name__}")
+    return several
 
 
 def _item(image: Any, text: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from .chat_template import (
     make_chat_template,
 )
 from .conversation_argenseg import collect_contents, segmentation_conversation
-from .image_inputs import load_image, split_rows
+from .image_inputs import load_images, split_rows
 from .picture_stream import PictureVocabulary
 from .released_processor import find_released_folder, released_processor_parts
 from .saved_code import PROCESSOR_CODE, save_code
@@ -42,6 +42,7 @@ from .segmentation_processing import SegmentationProcessingMixin
 
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
 VISUAL_TOKEN = "<visual token {:06d}>"
+VISUAL_TOKEN_PATTERN = r"<visual token \d{6}>"
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 # settings of a released checkpoint that a caller may change
 RELEASED_CHANGES = (
@@ -58,6 +59,13 @@ def _special_token(tokenizer: Any, name: str, *defaults: str) -> str:
         if token is not None and token in vocabulary:
             return token
     raise ValueError(f"the tokenizer has no {name}; pass extra_special_tokens={{'{name}': '{defaults[0]}'}}")
+
+
+def _joined(values: list[Any]) -> Any:
+    """What an image processor made of images one by one, as it makes it of all at once."""
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return np.concatenate(values) if isinstance(values[0], np.ndarray) else [one for value in values for one in value]
 
 
 class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
@@ -247,6 +255,8 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         system message and the mask geometry it was trained with; keyword arguments of the class change them.
         """
         vq_model = kwargs.pop("vq_model", None)
+        for name in ("dtype", "torch_dtype"):  # of models; the text tokenizer would keep it, and could not be saved
+            kwargs.pop(name, None)
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if kwargs.get(name) is not None}
         released = find_released_folder(
             pretrained_model_name_or_path, subfolder=kwargs.get("subfolder", ""), **hub_kwargs
@@ -286,6 +296,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
         masks: Any = None,
+        search_steps: int | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """Prepare text with images and masks for the model.
@@ -294,6 +305,7 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
             images: one image, a flat list in the order of the markers, or one list per row; see `load_image`.
             text: a string or B strings, with one `<IMG_CONTEXT>` per image and one `<mask>` per mask.
             masks: like `images`; see `load_mask`.
+            search_steps: see `encode_masks`. In a conversation that goes on, 0 saves the time.
             kwargs: as for any processor (`padding`, `truncation`, `return_tensors`, `text_kwargs=...`).
 
         Returns:
@@ -316,9 +328,10 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         text = [str(row) for row in rows]
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         image_rows = self._rows(images, text, "image", self.image_token)
-        image_rows = [[load_image(image) for image in row] for row in image_rows]
+        loaded = iter(load_images(image for row in image_rows for image in row))
+        image_rows = [[next(loaded) for _ in row] for row in image_rows]
         image_inputs, image_texts = self._image_texts(image_rows, merged["images_kwargs"])
-        mask_texts = self._mask_texts(self._rows(masks, text, "mask", self.mask_marker), image_rows)
+        mask_texts = self._mask_texts(self._rows(masks, text, "mask", self.mask_marker), image_rows, search_steps)
         text, offsets = self._expand_markers(text, image_texts, mask_texts)
         text_inputs = self._tokenize(text, offsets, merged)
         data = {name: value for name, value in {**text_inputs, **image_inputs}.items() if name != "num_patches"}
@@ -334,26 +347,37 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
     def _image_texts(self, image_rows: list[list], images_kwargs: dict) -> tuple[dict, list[str]]:
         flat = [image for row in image_rows for image in row]
-        return self._process_images(flat, **images_kwargs) if flat else ({}, [])
+        if not flat or len({id(image) for image in flat}) == len(flat):
+            return self._process_images(flat, **images_kwargs) if flat else ({}, [])
+        different = {id(image): image for image in flat}  # large images take long, and much memory
+        done = {key: self._process_images([image], **images_kwargs) for key, image in different.items()}
+        parts = [done[id(image)] for image in flat]
+        inputs = {name: _joined([one[name] for one, _ in parts]) for name in parts[0][0]}
+        return inputs, [text for _, texts in parts for text in texts]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         tiles = int(image_inputs["num_patches"][image_idx]) if "num_patches" in image_inputs else 1
         return self.image_token * (self.image_seq_length * tiles)
 
-    def _mask_texts(self, mask_rows: list[list], image_rows: list[list]) -> list[str]:
+    def _mask_texts(self, mask_rows: list[list], image_rows: list[list], search_steps: int | None) -> list[str]:
         masks, sizes = [], []
         for mask_row, image_row in zip(mask_rows, image_rows, strict=True):
             masks += mask_row
             # with several images in a row nothing says which of them a mask belongs to
             sizes += [image_row[0].size[::-1] if len(image_row) == 1 else None] * len(mask_row)
-        return self.masks_to_text(masks, sizes) if masks else []
+        return self.masks_to_text(masks, sizes, search_steps) if masks else []
 
-    def masks_to_text(self, masks: Any, image_sizes: list[tuple[int, int] | None] | None = None) -> list[str]:
+    def masks_to_text(
+        self,
+        masks: Any,
+        image_sizes: list[tuple[int, int] | None] | None = None,
+        search_steps: int | None = None,
+    ) -> list[str]:
         """Masks written out as `<gen_start><visual token ...>...`; arguments and errors as in `encode_masks`.
 
         For text-only data sets and caches: text that holds this needs no masks beside it any more.
         """
-        ids_NT = self.encode_masks(masks, image_sizes)
+        ids_NT = self.encode_masks(masks, image_sizes, search_steps)
         return [self.gen_start_token + "".join(map(VISUAL_TOKEN.format, row)) for row in ids_NT.tolist()]
 
     def _expand_markers(self, text: list[str], images: list[str], masks: list[str]) -> tuple[list[str], list[list]]:
@@ -420,6 +444,12 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         """What `apply_chat_template` hands to `__call__`: images as usual, and masks beside them."""
         return collect_contents(conversations)
+
+    def markers_in(self, text: str) -> list[str]:
+        """What text holds of the markers that stand for images, masks and pictures. Words of users must hold none, if
+        they are not escaped by `apply_chat_template(..., sanitize_control_tokens=True)`."""
+        markers = map(re.escape, (self.image_token, self.mask_marker, self.gen_start_token, self.gen_end_token))
+        return re.findall("|".join((*markers, VISUAL_TOKEN_PATTERN)), text)
 
     def build_segmentation_conversation(self, image: Any, prompt: str, mask: Any = None) -> list[dict]:
         """The conversation that asks for a mask of `prompt`, in the wording the model is trained with.

@@ -1,6 +1,5 @@
 """Masks as people have them, made into black and white pictures, and pictures back into masks."""
 
-import os
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from .image_inputs import open_image, to_numpy
+from .image_inputs import is_file, open_image, to_numpy
 
 FEW_LABELS = 24  # values that a picture may have and still be a map of labels, as likely as a soft mask
 
@@ -17,9 +16,9 @@ def load_mask(source: Any) -> np.ndarray:
     """Load one mask in any accepted form.
 
     Args:
-        source: `PIL.Image`, path, URL, COCO RLE dict (`{"size": [H, W], "counts": ...}`, compressed or not), or an
-            array or tensor of shape (H, W), (H, W, 1), (1, H, W) or (H, W, 3) with equal channels, that holds at most
-            two values out of {False, True}, {0, 1} or {0, 255}.
+        source: `PIL.Image`, path, URL, bytes of a file, COCO RLE dict (`{"size": [H, W], "counts": ...}`, compressed or
+            not), or an array or tensor of shape (H, W), (H, W, 1), (1, H, W) or (H, W, 3) with equal channels, that
+            holds at most two values out of {False, True}, {0, 1} or {0, 255}.
 
     Returns:
         bool array (H, W), true on the object.
@@ -30,7 +29,7 @@ def load_mask(source: Any) -> np.ndarray:
     """
     if isinstance(source, dict):
         return _decode_rle(source)
-    if isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, Image.Image) and is_file(source):
         source = open_image(source)
     if isinstance(source, Image.Image):
         return _binary(_drop_channels(_pil_to_array(source)))

@@ -78,6 +78,6 @@ def _short_picture(drawn: int, num_tokens: int, at_end: bool) -> str:
         return (
             f"the sequence was cut after {drawn} of {num_tokens} tokens of a picture. Of a preview "
             "(picture_stop_at_scale), pass its stop_at_scale; otherwise generate again with room for a whole picture: "
-            "raise max_length"
+            "raise max_new_tokens or max_length"
         )
     return f"a <gen_start> is followed by {drawn} visual tokens where a picture has {num_tokens}"

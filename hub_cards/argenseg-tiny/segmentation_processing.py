@@ -1,5 +1,6 @@
 """The half of the processor that knows masks: masks to codebook indices, and generated streams to text and masks."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 from .edges import EdgeGuide
-from .image_inputs import describe, load_image, to_list
+from .image_inputs import describe, load_images, to_list
 from .mask_inputs import load_mask, mask_to_picture, picture_to_map
 
 ENCODE_BATCH = 16  # masks that go through the VQ-VAE at once, so that mapping over a data set stays in memory
@@ -91,6 +92,14 @@ class SegmentationProcessingMixin:
             ValueError: ids of a wrong shape or out of the codebook, a threshold out of range; `follow_edges` without
                 images; there is no visual tokenizer.
         """
+        maps = list(self._decode_maps(ids, target_sizes, threshold, images, follow_edges))
+        return maps, [white > threshold for white in maps]
+
+    @torch.no_grad()
+    def _decode_maps(
+        self, ids: torch.Tensor, target_sizes: Any, threshold: float, images: Any, follow_edges: bool | None
+    ) -> Iterator[np.ndarray]:
+        """The maps of `decode_masks`, one by one: of a large image each takes much memory."""
         model = self._require_visual_tokenizer()
         check_threshold(threshold)
         ids = torch.as_tensor(ids)
@@ -100,7 +109,7 @@ class SegmentationProcessingMixin:
                 f"{self.whole_scales}; got the shape {tuple(ids.shape)}"
             )
         if len(ids) == 0:
-            return [], []
+            return
         if ids.min() < 0 or ids.max() >= self.visual_vocab_size:
             raise ValueError(
                 f"ids must be codebook indices, 0 to {self.visual_vocab_size - 1}; from token ids subtract "
@@ -110,16 +119,14 @@ class SegmentationProcessingMixin:
         sizes = _sizes(target_sizes, loaded)
         follows = self._follows_edges(follow_edges, images) and ids.shape[1] == self.num_visual_tokens
         pictures = [picture for part in ids.split(DECODE_BATCH) for picture in model.decode(part.to(model.device))]
-        maps: list[np.ndarray] = []
         last, guide = None, None
         for picture, size, image in zip(pictures, sizes, loaded, strict=True):
             if not follows or image is None:
-                maps.append(picture_to_map(picture, size))
+                yield picture_to_map(picture, size)
                 continue
             if guide is None or image is not last:  # masks of one image mostly stand together
                 last, guide = image, self.edge_guide(image)
-            maps.append(guide.follow(picture_to_map(picture, None), threshold, size))
-        return maps, [white > threshold for white in maps]
+            yield guide.follow(picture_to_map(picture, None), threshold, size)
 
     def post_process_segmentation(
         self,
@@ -162,6 +169,7 @@ class SegmentationProcessingMixin:
             for name, values in (("target_sizes", target_sizes), ("images", images))
         }
         options = {"threshold": threshold, "follow_edges": self._follows_edges(follow_edges, images)}
+        check_threshold(threshold)
         counts = [len(pictures) for _, pictures in answers]
         label_rows = _label_rows(labels, counts)
         score_rows = _score_rows(getattr(outputs, "picture_scores", None), counts)
@@ -194,7 +202,7 @@ class SegmentationProcessingMixin:
         return [self._read_answer(index, row, prompt_length or 0, previews) for index, row in enumerate(rows)]
 
     def _decode_rows(
-        self, rows: list[list[np.ndarray]], about: dict[str, list], **options: Any
+        self, rows: list[list[np.ndarray]], about: dict[str, list], threshold: float, **options: Any
     ) -> list[list[np.ndarray]]:
         """The codebook indices of every picture of every row -> bool masks, decoded together. `about` are options of
         `decode_masks` with a value for each row."""
@@ -204,9 +212,9 @@ class SegmentationProcessingMixin:
             where = [i for i, (codes, _) in enumerate(flat) if len(codes) == length]
             ids = torch.from_numpy(np.stack([flat[i][0] for i in where]))
             of_masks = {name: [values[flat[i][1]] for i in where] for name, values in about.items()}
-            decoded = self.decode_masks(ids, **of_masks, **options)[1]
-            for i, mask in zip(where, decoded, strict=True):
-                masks[i] = mask
+            maps = self._decode_maps(ids, **of_masks, threshold=threshold, **options)
+            for i, white in zip(where, maps, strict=True):
+                masks[i] = white > threshold
         ordered = iter(masks)
         return [[next(ordered) for _ in row] for row in rows]
 
@@ -243,12 +251,7 @@ def check_threshold(threshold: float) -> None:
 
 
 def _load_images(images: Any, count: int) -> list[Image.Image | None]:
-    """Images as `load_image` makes them; one that is given several times is read once."""
-    if images is None:
-        return [None] * count
-    different = {id(image): image for image in _checked("images", images, count)}
-    read = {key: None if image is None else load_image(image) for key, image in different.items()}
-    return [read[id(image)] for image in images]
+    return [None] * count if images is None else load_images(_checked("images", images, count))
 
 
 def _checked(name: str, values: Any, count: int) -> Any:

@@ -180,6 +180,16 @@ class TestLogitAdjustment:
         torch.testing.assert_close(out.picture_token_logprobs[0][0], chosen, atol=1e-4, rtol=1e-4)
 
 
+def test_an_image_that_was_forgotten():
+    net, prompts = tiny.model(), left_padded([PROMPTS[0]])
+    with pytest.raises(ValueError, match="holds an image, and none came: pass pixel_values"):
+        generate(net, prompts, TEXTS[0])
+    read = net(**prompts, **images_of(0), use_cache=True).past_key_values
+    read.crop(-1)
+    expected = generate(net, prompts, TEXTS[0], **images_of(0))
+    assert torch.equal(generate(net, prompts, TEXTS[0], past_key_values=read).sequences, expected.sequences)
+
+
 class TestGuidance:
     NEGATIVE = left_padded([stream(6, 5)])
     GIVEN = {"negative_input_ids": NEGATIVE["input_ids"], "negative_attention_mask": NEGATIVE["attention_mask"]}
@@ -193,6 +203,10 @@ class TestGuidance:
     def test_needs_negative_prompts(self):
         with pytest.raises(ValueError, match="pass negative_input_ids"):
             generate(tiny.model(), left_padded([PROMPTS[1]]), [GEN_START], picture_guidance_scale=2.0)
+
+    def test_every_prompt_needs_its_own(self):
+        with pytest.raises(ValueError, match="got 2 prompts and 1 unconditional ones"):
+            generate(tiny.model(), left_padded(PROMPTS[1:3]), *TEXTS[1:3], picture_guidance_scale=2.0, **self.GIVEN)
 
     def test_both_prompts_open_the_picture_or_neither(self):
         opened = torch.cat([PROMPTS[1], stream(GEN_START)], 1)
@@ -308,6 +322,7 @@ class TestOutputs:
             ({"output_hidden_states": True}, "does not collect"),
             ({"picture_stop_at_scale": 5}, "from 1 to 4"),
             ({"picture_stop_at_scale": 0}, "from 1 to 4"),
+            ({"picture_stop_at_scale": 2.0}, "from 1 to 4"),
             ({"picture_prefill": "sometimes"}, "one of"),
             ({"picture_prefill": "always"}, "picture_answer_ids"),
             ({"picture_answer_ids": [SURE]}, "once"),

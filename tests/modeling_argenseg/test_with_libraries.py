@@ -18,6 +18,13 @@ PROMPT = {"input_ids": stream(IMAGE, CAT, 7), "pixel_values": images(1)}
 ROW = stream(CAT, GEN_START, pictures(1), DONE)
 
 
+@pytest.mark.filterwarnings("ignore:torch")
+def test_a_model_whose_linear_layers_have_no_parameters_any_more() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(tiny.model(), {torch.nn.Linear}, dtype=torch.qint8)
+    assert not list(packed.model.generation_projector.parameters())
+    assert draw(packed).shape == draw(tiny.model()).shape
+
+
 def draw(net: Any) -> torch.Tensor:
     text = [SURE, GEN_START, DONE]
     inputs = {name: PROMPT[name] for name in ("input_ids",)}

@@ -4,7 +4,7 @@ import base64
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from io import BytesIO
+from io import BytesIO, StringIO
 
 import numpy as np
 import pytest
@@ -42,8 +42,17 @@ def png_bytes(image):
         PIXELS.astype(np.uint16) * 257,
         "data:image/png;base64," + base64.b64encode(png_bytes(Image.fromarray(PIXELS))).decode(),
         base64.b64encode(png_bytes(Image.fromarray(PIXELS))).decode(),
+        base64.encodebytes(png_bytes(Image.fromarray(PIXELS))).decode(),
+        "data:image/png;base64," + base64.encodebytes(png_bytes(Image.fromarray(PIXELS))).decode(),
+        base64.urlsafe_b64encode(png_bytes(Image.fromarray(PIXELS))).decode(),
+        png_bytes(Image.fromarray(PIXELS)),
+        memoryview(png_bytes(Image.fromarray(PIXELS))),
+        BytesIO(png_bytes(Image.fromarray(PIXELS))),
     ],
-    ids=["pil", "hwc", "chw", "t-hwc", "t-chw", "float", "t-float", "int64", "uint16", "data-url", "base64"],
+    ids=[
+        *("pil", "hwc", "chw", "t-hwc", "t-chw", "float", "t-float", "int64", "uint16", "data-url", "base64", "lines"),
+        *("data-url-lines", "base64-url", "bytes", "memoryview", "file"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:the largest of the 16-bit values")
 def test_same_pixels_from_every_form(source):
@@ -212,6 +221,9 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         (np.full((2, 2), -1), "8- or 16-bit"),
         (np.full((2, 2), 70000), "8- or 16-bit"),
         ("", "cannot read"),
+        ("photo123", "'photo123': no such file"),  # letters of base64
+        (b"no image", "cannot read an image from the given bytes"),
+        (StringIO("text"), "cannot read an image from the given StringIO"),
     ],
 )
 def test_unusable_values(source, message):

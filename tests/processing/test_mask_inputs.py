@@ -153,12 +153,16 @@ def test_many_masks_are_encoded_in_portions_by_a_model_at_rest(toys, mask):
     assert max(model.encode_batches) <= 16
 
 
-def test_how_long_to_search_is_the_visual_tokenizers_affair_unless_it_is_said(toys, mask):
+def test_how_long_to_search_is_the_visual_tokenizers_affair_unless_it_is_said(toys, image, mask):
     model = toys.vq_model()
     toys.processor(vq_model=model).encode_masks(mask)
     assert model.search_steps is None
     toys.processor(vq_model=model).encode_masks(mask, search_steps=5)
     assert model.search_steps == 5
+    processor = toys.processor(vq_model=model)
+    options = {"tokenize": True, "return_dict": True, "processor_kwargs": {"search_steps": 3}}
+    processor.apply_chat_template(processor.build_segmentation_conversation(image, "the dog", mask), **options)
+    assert model.search_steps == 3
     toys.processor(vq_model=model, num_scales=2).encode_masks(mask)
     assert model.search_steps == 0  # the scale it would mend is not drawn
 

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_argenseg import ARGenSegForConditionalGeneration, ARGenSegPipeline
+from processing import pipeline_argenseg
 
 SQUARE, BALL = REQUESTS
 WHALE = "the whale"
@@ -301,6 +302,46 @@ def test_previews_that_a_configuration_asks_for(
     other.model.generation_config.picture_stop_at_scale = 2
     assert simple(other(photograph, text=SQUARE)) == seen
     assert simple(other(photograph, text=SQUARE, generation_config=GenerationConfig(max_new_tokens=20))) == seen
+
+
+def test_an_answer_that_was_cut_is_warned_of(
+    pipe: Any, photograph: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks like that of a thing that is not there."""
+    told: list[str] = []
+    monkeypatch.setattr(pipeline_argenseg.logger, "warning", told.append)
+    assert len(pipe(photograph, text=[SQUARE, WHALE])) == 1 and not told
+    assert pipe(photograph, text=[SQUARE, WHALE], max_new_tokens=2) == [] and len(told) == 2
+    assert all(prompt in line and "max_new_tokens" in line for prompt, line in zip([SQUARE, WHALE], told, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("the <mask> of the man", "the prompt 'the <mask> of the man' holds <mask>"),
+        ([SQUARE, "the <gen_start>"], "the prompt 'the <gen_start>' holds <gen_start>"),
+        (["<visual token 000001>"], "holds <visual token 000001>"),
+        (3, "a prompt or a list of prompts; got 3, a int"),
+        ([SQUARE, None], "got None, a NoneType"),
+    ],
+)
+def test_prompts_that_are_none(pipe: Any, photograph: Image.Image, text: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipe(photograph, text=text)
+
+
+def test_files_as_servers_get_them(pipe: Any, toy_image: Path) -> None:
+    answer = simple(pipe(toy_image, text=SQUARE))
+    assert simple(pipe(toy_image.read_bytes(), text=SQUARE)) == answer
+    with toy_image.open("rb") as file:
+        assert simple(pipe(file, text=SQUARE)) == answer
+
+
+def test_in_half_precision_it_can_be_saved(toy_folder: Path, photograph: Image.Image, tmp_path: Path) -> None:
+    half = pipeline("image-segmentation", model=str(toy_folder), dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    again = pipeline("image-segmentation", model=str(tmp_path), dtype=torch.float16)
+    assert simple(again(photograph, text=SQUARE)) == simple(half(photograph, text=SQUARE))
 
 
 def test_model_objects(pipe: Any, toy_folder: Path, photograph: Image.Image) -> None:

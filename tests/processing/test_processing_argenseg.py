@@ -220,6 +220,29 @@ def test_user_text_cannot_smuggle_pictures_in(processor, image, mask, marker):
         chat(processor, [conversation, processor.build_segmentation_conversation(image, "dog", mask)])
 
 
+@pytest.mark.parametrize("return_tensors", ["pt", "np"])
+def test_an_image_that_is_asked_about_several_times_is_prepared_once(processor, monkeypatch, return_tensors):
+    images = [Image.effect_noise((20, 30), 90), Image.effect_noise((40, 30), 90)]
+    asked = [images[0], images[1], images[0], images[0]]
+    copies = [image.copy() for image in asked]
+    prepared, prepare = [], processor._process_images
+    monkeypatch.setattr(
+        processor, "_process_images", lambda some, **kw: (prepared.extend(some), prepare(some, **kw))[1]
+    )
+    rows = [
+        processor.apply_chat_template(
+            [processor.build_segmentation_conversation(image, "the dog") for image in some],
+            tokenize=True, return_dict=True, return_tensors=return_tensors,
+        )
+        for some in (asked, copies)
+    ]  # fmt: skip
+    assert len(prepared) == 2 + 4
+    assert type(rows[0]["pixel_values"]) is type(rows[1]["pixel_values"])
+    for name in rows[1]:
+        np.testing.assert_array_equal(rows[0][name], rows[1][name])
+    assert not np.array_equal(rows[0]["pixel_values"][0], rows[0]["pixel_values"][1])
+
+
 def test_sanitized_user_text_is_plain(processor, image):
     conversation = processor.build_segmentation_conversation(image, "the <IMG_CONTEXT> <gen_start> dog")
     inputs = chat(processor, conversation, sanitize_control_tokens=True)
@@ -242,6 +265,8 @@ def test_wording(toys, image, mask):
     for empty in ("", "  ", None):
         with pytest.raises(ValueError, match="prompt is empty"):
             processor.build_segmentation_conversation(image, empty)
+    with pytest.raises(ValueError, match="half of a UTF-16 pair"):  # as json.loads makes it of a broken emoji
+        processor.build_segmentation_conversation(image, "the \ud83d dog")
     for wording in ({"segmentation_prompt": "Cut!"}, {"segmentation_answer": "Done."}):
         with pytest.raises(ValueError, match="must hold"):
             toys.processor(**wording)

@@ -53,6 +53,14 @@ def test_sub_folder_and_given_visual_tokenizer(custom, toys, image, mask, tmp_pa
     assert ARGenSegProcessor.from_pretrained(tmp_path / "inner", vq_model=given).visual_tokenizer is given
 
 
+def test_a_dtype_is_for_models_and_does_not_stop_it_from_being_saved(custom, image, mask, tmp_path):
+    custom.save_pretrained(tmp_path)
+    loaded = ARGenSegProcessor.from_pretrained(tmp_path, dtype=torch.float16)
+    loaded.save_pretrained(tmp_path / "again")
+    assert loaded.visual_tokenizer.dtype == torch.float32
+    assert same_behaviour(custom, ARGenSegProcessor.from_pretrained(tmp_path / "again"), image, mask)
+
+
 def test_visual_tokenizer_is_loaded_in_fp32(custom, tmp_path):
     custom.visual_tokenizer.to(torch.bfloat16)
     custom.save_pretrained(tmp_path)
