@@ -226,9 +226,12 @@ def test_an_image_that_is_asked_about_several_times_is_prepared_once(processor, 
     asked = [images[0], images[1], images[0], images[0]]
     copies = [image.copy() for image in asked]
     prepared, prepare = [], processor._process_images
-    monkeypatch.setattr(
-        processor, "_process_images", lambda some, **kw: (prepared.extend(some), prepare(some, **kw))[1]
-    )
+
+    def count(some, **options):
+        prepared.extend(some)
+        return prepare(some, **options)
+
+    monkeypatch.setattr(processor, "_process_images", count)
     rows = [
         processor.apply_chat_template(
             [processor.build_segmentation_conversation(image, "the dog") for image in some],
