@@ -21,7 +21,7 @@ MASKS=${MASKS:-32}                         # masks in a batch
 SCENES=${SCENES:-8}                        # scenes in a batch, five or six requests and up to two questions each
 SAVE_STEPS=${SAVE_STEPS:-200}              # a checkpoint every so many steps
 EXPRESSIONS=${EXPRESSIONS:-2000}           # test expressions to measure it on
-TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # any of TrainingArguments, for all training commands
+TRAIN_OPTIONS=${TRAIN_OPTIONS:-}           # of TrainingArguments, for all training commands, such as "--bf16 True"
 TOKENIZER_OPTIONS=${TOKENIZER_OPTIONS:-}   # more for train_visual_tokenizer, such as "--train_masks 50000"
 SCENE_OPTIONS=${SCENE_OPTIONS:-}           # more for train_scenes, all three times, such as "--warp 0.18"
 MODEL_OPTIONS=${MODEL_OPTIONS:-}           # more for the first of them, which makes the model, such as "--hidden_size 384"
@@ -79,4 +79,4 @@ stage published "$PYTHON" -m trl_recipes.export --model "$OUT/whole" --output "$
     --picture-logit-adjustment 0.55
 
 stage scores "$PYTHON" -m trl_recipes.evaluate --model "$OUT/published" --task scenes --data "$BANK" \
-    --limit "$EXPRESSIONS" --output "$OUT/scores"
+    --option expressions="$EXPRESSIONS" --output "$OUT/scores"

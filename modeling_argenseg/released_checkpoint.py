@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import cached_file
 
 from .configuration_argenseg import ARGenSegConfig, VARTokenizerConfig
@@ -312,21 +312,29 @@ def model_arguments(released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dic
     Fields of `ARGenSegConfig` among `kwargs` change the configuration, as they do with a native folder.
     """
     released.check()
-    config = kwargs.get("config") or released.config
-    fields = [name for name in ARGenSegConfig.__annotations__ if name in kwargs]
-    for name in fields:
-        setattr(config, name, kwargs[name])
-    rest = {name: value for name, value in kwargs.items() if name not in (*fields, "config")}
+    config, rest = _with_changes(kwargs.get("config") or released.config, kwargs)
     state = released.model_tensors()
     return {"config": config, "state_dict": state, "generation_config": released.generation_config} | rest
 
 
 def visual_tokenizer_arguments(released: ReleasedCheckpoint, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What `VARTokenizer.from_pretrained` needs for a released checkpoint or a `.pth`; the weights tell the sizes."""
+    """What `VARTokenizer.from_pretrained` needs for a released checkpoint or a `.pth`; the weights tell the sizes.
+
+    Fields of `VARTokenizerConfig` among `kwargs` change the configuration; a `config` of another size does not.
+    """
     if released.config_json:
         released.check()
         config = released.config.visual_tokenizer_config
     else:
         config = infer_visual_tokenizer_config(released.tensors)
+    config, rest = _with_changes(config, kwargs)
     state = {key: entry.read() for key, entry in released.visual_tokenizer_tensors().items()}
-    return kwargs | {"config": config, "state_dict": state}
+    return {"config": config, "state_dict": state} | rest
+
+
+def _with_changes(config: PreTrainedConfig, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The configuration with those of its fields that are among `kwargs`, and the rest of these."""
+    fields = [name for name in type(config).__annotations__ if name in kwargs]
+    for name in fields:
+        setattr(config, name, kwargs[name])
+    return config, {name: value for name, value in kwargs.items() if name not in (*fields, "config")}

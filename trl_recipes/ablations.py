@@ -24,11 +24,13 @@ from transformers import HfArgumentParser, TrainingArguments
 from modeling_argenseg import ARGenSegForConditionalGeneration
 from processing import ARGenSegProcessor
 
+from .command_line import errors_in_a_line
 from .drawing_trainer import before_labels
 from .help_format import Help
 from .naming import naming
 from .scene_samples import MissingEncoder, PictureEncoder, SceneCollator, SceneSamples, model_inputs
 from .scenes import SceneBank, SceneConfig, SceneDataset
+from .settings_files import check_settings, write_settings
 from .train_scenes import SceneArguments
 from .word_regions import WordList, token_side
 
@@ -45,6 +47,7 @@ VARIANTS = {
     "loss per token, not per scale": "--visual_loss token",
     "width 128": "--hidden_size 128",
 }
+SETTINGS = "ablation.json"
 LOSSES = ("visual", "last scale alone", "text")
 COLUMNS = (*LOSSES, "named", "found")
 
@@ -62,6 +65,7 @@ def held_out(folder: Path, recipe: SceneArguments, count: int) -> dict[str, floa
     """What is compared, on `count` validation scenes of the schedule's last preset; see the top."""
     processor = ARGenSegProcessor.from_pretrained(folder)
     model = ARGenSegForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.visual_loss = "scale"  # that of all runs is measured alike
     bank, preset = SceneBank.from_folder(recipe.bank, "val"), SceneConfig.preset(recipe.schedule[-1].split("+")[0])
     scenes = SceneDataset(bank, preset, 1, count, recipe.expressions_per_scene, (), recipe.questions_per_scene)
     samples, collator = SceneSamples(scenes, processor), SceneCollator(processor.tokenizer.pad_token_id)
@@ -95,8 +99,12 @@ def main(options: list[str], ablations: AblationArguments, recipe: SceneArgument
         options: the command line as it was given, for `train_scenes`.
     """
     output, found = Path(training.output_dir), {}
+    settings = {"options": options, "validation_scenes": ablations.validation_scenes}
     for name in ablations.only:
         folder = output / name.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_settings(folder / SETTINGS, settings)
+        check_settings(folder / SETTINGS, settings, mend="Give another --output_dir, or delete it")
         if not (folder / "processor_config.json").exists():  # the last that a run writes
             print(f"== {name}", flush=True)
             command = [sys.executable, "-m", "trl_recipes.train_scenes", *options, "--output_dir", str(folder)]
@@ -127,4 +135,5 @@ def options_of_runs(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(options_of_runs(sys.argv[1:]), *make_parser().parse_args_into_dataclasses())
+    with errors_in_a_line():
+        main(options_of_runs(sys.argv[1:]), *make_parser().parse_args_into_dataclasses())

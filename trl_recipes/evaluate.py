@@ -139,7 +139,7 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     task = source.task
     if args.zoom and task.reader == "interactive":
         raise ValueError("--zoom: what is marked in an image, or told in its coordinates, is not so in its parts")
-    samples, class_names = load_samples(source, args.limit)
+    samples, class_names, cut = load_samples(source, args.limit)
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
     folder = args.output or default_output(args.model, source, args.zoom, args.follow_edges)
     if state.device.type == "cpu":
@@ -175,17 +175,20 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
             "processes": processes,
             "duplicates": store.duplicates,
         }
-        report(args, source, settings, answered_by(folder / "run.json"), scores, samples, store, folder, about)
+        codes = answered_by(folder / "run.json")
+        report(args, source, settings, codes, scores, samples, store, folder, about, cut)
 
 
-def load_samples(source: Source, limit: int | None) -> tuple[Samples, list[str]]:
-    """The samples to be answered, and the vocabulary of a closed-vocabulary task, every name once."""
+def load_samples(source: Source, limit: int | None) -> tuple[Samples, list[str], bool]:
+    """The samples to be answered, the vocabulary of a closed-vocabulary task, every name once, and whether there are
+    more samples than the limit."""
     samples = read_samples(source)
     names: list[str] = []
     if source.task.answer == "classes":
         for name in semantic.vocabulary(source)[1]:
             names.append(f"{name} ({len(names)})" if name in names else name)
-    return samples if limit is None else samples.first(limit * max(1, len(names))), names
+    kept = samples if limit is None else samples.first(limit * max(1, len(names)))
+    return kept, names, len(kept) < len(samples)
 
 
 def load_model(name: str, dtype: str, device: torch.device) -> tuple[Any, Any]:
@@ -270,8 +273,10 @@ def report(
     store: PredictionStore,
     folder: Path,
     about: dict[str, Any],
+    cut: bool,
 ) -> None:
-    """Writes result.json, scores.jsonl and gallery.html, and prints what counts; `codes` made the predictions."""
+    """Writes result.json, scores.jsonl and gallery.html, and prints what counts; `codes` made the predictions, and
+    `cut` says that there are more samples."""
     task, expected = source.task, source.task.counts.get(source.split, {}).get(source.protocol)
     result = {
         "task": task.name,
@@ -279,7 +284,7 @@ def report(
         "split": source.split,
         "protocol": source.protocol,
         "protocol_in_words": task.protocols[source.protocol],
-        "complete": args.limit is None and expected in (None, len(samples)),
+        "complete": not cut and expected in (None, len(samples)),
         "expected_samples": expected,
         **scores.result(args.bootstrap, args.seed),
         "settings": settings,

@@ -64,6 +64,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
+USAGE = "ema_vocab_hit_SV"  # counts of how often codes are used: no parameters
+
+
 def check_facts(facts: dict[str, Any], kind: str) -> None:
     """Raises ValueError: facts are missing, or still to be filled in; names them all."""
     missing = [name for name in EXAMPLES[kind] if name not in facts]
@@ -88,7 +91,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
     parameters = 0
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (no dict)
+            names = [name for name in file.keys() if not name.endswith(USAGE)]  # noqa: SIM118 (no dict)
+            shapes = [file.get_slice(name).get_shape() for name in names]
         parameters += sum(_product(shape) for shape in shapes)
     scales = pictures["patch_nums"][: json.loads((folder / "config.json").read_text()).get("num_scales")]
     return {

@@ -38,7 +38,8 @@ def at_queries(model: Any, hidden: torch.Tensor, input_ids: torch.Tensor) -> tup
 
 def mean_on_masks(values: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Means (N, M) of values (N, cells) over what masks cover, shares (M, cells); zero where they cover nothing."""
-    return values @ (shares / shares.sum(1, keepdim=True).clamp(min=1e-6)).T
+    with torch.autocast(values.device.type, enabled=False):
+        return values @ (shares / shares.sum(1, keepdim=True).clamp(min=1e-6)).T
 
 
 class MaskRegions(nn.Module):
@@ -58,7 +59,7 @@ class MaskRegions(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., hidden) to logits (...) of the cell's share."""
-        return GAIN * (hidden.float() @ self.direction) + math.log(USUAL / (1 - USUAL))
+        return GAIN * (hidden.float() * self.direction).sum(-1) + math.log(USUAL / (1 - USUAL))
 
     def forward(self, hidden: torch.Tensor, shares: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """Binary cross-entropy, mean over the queries of a scale, then over scales, and the comparison at the finest.

@@ -61,13 +61,14 @@ def compose_masks(
 ) -> np.ndarray:
     """`count` target masks (count, 256, 256) bool of scenes from all presets; packed to bits in `cache` when given.
 
-    They are the same for any number of `workers` (processes). A cache of another bank, split or seed, or of fewer
-    masks, is made anew.
+    They are the same for any number of `workers` (processes). A cache of another bank, split, seed or count is made
+    anew; of one that nothing is said about, as many as are asked for are taken, of all presets.
     """
     files = [Path(bank_folder, name) for name in ("sprites.parquet", "backgrounds.parquet", "vocabulary.json")]
     settings: dict[str, Any] = {}
     if cache is not None:
-        settings = {"bank": hash_files([file for file in files if file.is_file()]), "split": split, "seed": seed}
+        bank_files = hash_files([file for file in files if file.is_file()])
+        settings = {"bank": bank_files, "split": split, "seed": seed, "count": count}
     packed = np.load(cache, mmap_mode="r") if cache is not None and was_made_of(cache, settings) else ()
     if len(packed) >= count:
         chosen = np.linspace(0, len(packed) - 1, count).round().astype(int)  # of all presets

@@ -13,6 +13,7 @@ problem is not pushed. `hf auth login` (or HF_TOKEN) says who you are; HF_ENDPOI
 import argparse
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
@@ -75,7 +76,7 @@ def inspect(folder: Path, kind: str, repo_id: str | None = None) -> Inspection:
     found = Inspection()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if any(name.match(pattern) for pattern in LEFT_OUT) or "__pycache__" in name.parts:
+        if any(fnmatch(name.as_posix(), pattern) for pattern in LEFT_OUT) or "__pycache__" in name.parts:
             continue
         if path.is_symlink():
             found.problems.append(f"{name}: a link; put the file itself there")

@@ -9,7 +9,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .training_options import refuse
+
 TORCH_FILES = (".pt", ".pth", ".bin")
+OPTIMIZER = ("optimizer", "global_step", "pytorch_model_fsdp")  # of Trainer, FSDP or DeepSpeed: files or folders
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -36,6 +39,8 @@ def flaw_of(checkpoint: Path) -> str | None:
         return f"without {TRAINER_STATE_NAME}"
     except ValueError:
         return f"{TRAINER_STATE_NAME} is cut off"
+    if not any(path.name.startswith(OPTIMIZER) for path in checkpoint.iterdir()):
+        return "without its optimizer, as --save_only_model leaves it"
     cut = (path.name for path in sorted(checkpoint.iterdir()) if _is_cut_off(path))
     return next((f"{name} is cut off" for name in cut), None)
 
@@ -57,8 +62,9 @@ def where_to_go_on(training: TrainingArguments) -> str | None:
     folder; None where it begins. Asked before a run is prepared, it spares the wait for an error.
 
     Raises:
-        ValueError: what is named is no checkpoint, or a broken one.
+        ValueError: what is named is no checkpoint, or a broken one, or none is going to be written.
     """
+    refuse(training, ("save_only_model",), "leaves no checkpoints to go on from (--save_total_limit 1 keeps only one)")
     named = training.resume_from_checkpoint
     if named is None:
         return last_checkpoint(training.output_dir or ".")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+ANEW = "Give another --output, or --overwrite to begin anew"
 FINGERPRINT_VALUES = 256  # of every parameter
 WHOLE_BYTES, EDGE_BYTES = 1 << 28, 1 << 16  # data up to this are read as a whole; otherwise the edges of every file
 WHOLES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -20,11 +21,12 @@ def write_settings(path: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
 
 
-def check_settings(path: Path, settings: dict[str, Any], aside: Sequence[str] = ()) -> None:
+def check_settings(path: Path, settings: dict[str, Any], aside: Sequence[str] = (), mend: str = ANEW) -> None:
     """Makes sure that a run goes on with the settings that it began with.
 
     Args:
         aside: what stands in the file and is no setting.
+        mend: what to do where they are others.
 
     Raises:
         ValueError: a setting differs, and what was made under both would not belong together.
@@ -34,10 +36,7 @@ def check_settings(path: Path, settings: dict[str, Any], aside: Sequence[str] = 
     changes = list(_differences(before, settings))
     if changes:
         told = "; ".join(f"{name} was {old!r} and is now {new!r}" for name, old, new in changes)
-        raise ValueError(
-            f"{path.parent} holds a run with other settings: {told}. Give another --output, or --overwrite to begin "
-            "anew"
-        )
+        raise ValueError(f"{path.parent} holds a run with other settings: {told}. {mend}")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -128,6 +128,11 @@ def look_closer(model: ARGenSegForConditionalGeneration, processor: ARGenSegProc
     config = model.model.vlm.vision_tower.config
     changed = config.to_dict() | {"image_size": [side, side], "patch_size": [side // GRID] * 2}
     checked = EfficientNetLiteVisionConfig(**changed)
+    if checked.folds != config.folds:
+        raise ValueError(
+            f"--image_size {side}: a token would be made of {checked.folds} by {checked.folds} places of the trunk's "
+            f"feature maps, and the weights are for {config.folds}"
+        )
     config.image_size, config.patch_size = checked.image_size, checked.patch_size
     processor.image_processor.size = type(processor.image_processor.size)(height=side, width=side)
 
@@ -171,9 +176,15 @@ def adopt_visual_tokenizer(
     """
     new, old = load_visual_tokenizer(folder), processor.visual_tokenizer
     assert old is not None
-    if all(torch.equal(a, b) for a, b in zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)):
-        return model, rebuild_processor(processor, new)
     sides, old_sides = new.config.patch_nums, old.config.patch_nums
+    codes = zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)
+    if sides == old_sides and all(torch.equal(a, b) for a, b in codes):
+        return model, rebuild_processor(processor, new)
+    if new.config.vocab_size < old.config.vocab_size:
+        raise ValueError(
+            f"{folder} has {new.config.vocab_size} codes, fewer than the model's {old.config.vocab_size}: the visual "
+            "tokens beyond cannot be taken out of its vocabulary"
+        )
     if not set(sides) <= set(old_sides):
         raise ValueError(f"{folder} has the scales {sides}, the model {old_sides}: it has no embeddings for the others")
     first = processor.visual_token_offset

@@ -58,6 +58,10 @@ IGNORED = (  # of TrainingArguments
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
+    "label_smoothing_factor",
+    "num_train_epochs",
+    "per_device_eval_batch_size",
+    "train_sampling_strategy",
 )
 FIRST = ("pretrained_trunk", "text_vocab_size", "text_tokenizer", "text_scenes")  # of a model from scratch alone
 LEAST = {
@@ -325,7 +329,9 @@ def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer
         ValueError: the bank, a folder or an option is at fault.
     """
     refuse_many_processes(training)
-    refuse_ignored(training, IGNORED, "the optimizer is Muon and AdamW, the learning rate falls in a straight line")
+    refuse_ignored(
+        training, IGNORED, "the optimizer is Muon and AdamW, its rate falls in a straight line, scenes come in order"
+    )
     check_minutes(recipe.minutes)
     where_to_go_on(training)  # or it says why not
     check_numbers(recipe, LEAST, ("slips", "unfamiliar"))

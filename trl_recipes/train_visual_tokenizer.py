@@ -22,6 +22,7 @@ of `TrainingArguments` can be given but the form of the learning rate: `--lr_sch
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,18 @@ from .help_format import Help
 from .masks import MaskPictures, compose_masks, find_photos
 from .resume import train_or_go_on, where_to_go_on
 from .searched_tokens import searched_tokens
-from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
+from .training_options import check_minutes, check_numbers, refuse, refuse_ignored, refuse_many_processes
 from .visual_tokenizers import load_visual_tokenizer
 
 LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
 ENTROPY_SHARE = 0.25
-IGNORED = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")  # of TrainingArguments
+IGNORED = (  # of TrainingArguments
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor", "num_train_epochs",
+    "per_device_eval_batch_size",
+)  # fmt: skip
+# sizes of a tokenizer; what is coded and how, and the codes
+NETWORK = ("image_size", "base_channels", "channel_multipliers", "latent_channels")
+CODES = ("patch_nums", "vocab_size", "rate_weight")
 LEAST = {
     "train_masks": 1,
     "test_masks": 1,
@@ -235,7 +242,7 @@ class TokenizerTrainer(Trainer):
 
     def num_scales_at(self, step: int, pictures: int) -> torch.Tensor:
         """From how many scales each picture of a step is drawn (B,): all, or for a few of them the first ones only."""
-        scales = len(self.recipe.patch_nums)
+        scales = len(self.model.config.patch_nums)
         rng = np.random.default_rng([self.args.seed, step])
         fewer = rng.integers(2, max(scales, 3), pictures)
         return torch.from_numpy(np.where(rng.random(pictures) < self.recipe.scale_dropout, fewer, scales))
@@ -246,7 +253,8 @@ class TokenizerTrainer(Trainer):
         pixels, step = self.pictures.batch(inputs["indices"]), self.state.global_step
         phase, progress = self.phase_at(self.place(step))
         self.begin(phase, model)
-        latent = model.latent(pixels).float()
+        with self.accelerator.autocast():  # which otherwise covers `model.forward` alone
+            latent = model.latent(pixels).float()
         variance, commitment, drawn = latent.var(), latent.new_zeros(()), latent
         complete = torch.ones(len(pixels), dtype=torch.bool, device=latent.device)
         if phase != "autoencoder":
@@ -267,7 +275,8 @@ class TokenizerTrainer(Trainer):
                     follow(model.quantize, coded, len(pixels), self.recipe.codebook_decay)
                 if reviving:
                     revive(model.quantize, coded)
-        picture = model.decode_latent(drawn).float()
+        with self.accelerator.autocast():
+            picture = model.decode_latent(drawn).float()
         if self.recipe.photos:
             drawing = F.l1_loss(picture, pixels) + F.mse_loss(picture, pixels)
         else:  # 4 x is the logit of "white"
@@ -314,7 +323,8 @@ class TokenizerTrainer(Trainer):
         rng = np.random.default_rng(self.args.seed)
         seen = max(len(self.train_dataset), self.recipe.fit_pictures)
         indices = torch.from_numpy(rng.choice(seen, self.recipe.fit_pictures, replace=False))
-        latents = torch.cat([model.latent(self.pictures.batch(part)).float() for part in indices.split(64)])
+        with self.accelerator.autocast():
+            latents = torch.cat([model.latent(self.pictures.batch(part)).float() for part in indices.split(64)])
         error = fit_codebook(model.quantize, latents, progress=not self.args.disable_tqdm)
         self.log({"fit_error": error, "latent_variance": float(latents.var())})
 
@@ -338,12 +348,29 @@ def build(recipe: TokenizerArguments) -> VARTokenizer:
     if recipe.start_from is not None:
         model = load_visual_tokenizer(recipe.start_from)
         if recipe.decoder_only or recipe.codes != "new":
+            refuse_other_sizes(recipe, model.config, (*NETWORK, *CODES))
             return model
+        refuse_other_sizes(recipe, model.config, NETWORK)
         fresh = VARTokenizer(new_config(recipe))  # the codebook may have another size
         own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quantize.")}
         fresh.load_state_dict(own, strict=False)
         return fresh
     return VARTokenizer(new_config(recipe))
+
+
+def refuse_other_sizes(recipe: TokenizerArguments, config: VARTokenizerConfig, names: Sequence[str]) -> None:
+    """The tokenizer to go on from has its sizes already; `recipe` gets them where it says nothing.
+
+    Raises:
+        ValueError: the recipe says something else.
+    """
+    usual = TokenizerArguments(recipe.bank)
+    for name in names:
+        asked, own = getattr(recipe, name), getattr(config, name)
+        plain = asked[0] if name == "rate_weight" and len(asked) == 1 else asked
+        if asked != getattr(usual, name) and plain != own:
+            raise ValueError(f"--{name} {asked}: the tokenizer of --start_from has {own}; leave it out")
+        setattr(recipe, name, own)
 
 
 def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
@@ -369,7 +396,8 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
         ValueError: the bank, a folder or an option is at fault, or options do not go together.
     """
     refuse_many_processes(training)
-    refuse_ignored(training, IGNORED, "each phase has a warm-up and a cosine of its own")
+    refuse_ignored(training, IGNORED, "each phase has a warm-up and a cosine of its own, up to --max_steps")
+    refuse(training, ("gradient_accumulation_steps",), "does not go with codes that follow every batch")
     check_minutes(recipe.minutes)
     where_to_go_on(training)  # or it says why not
     check_numbers(recipe, LEAST, ("photo_share", "scale_dropout"))
@@ -394,7 +422,7 @@ def prepare(recipe: TokenizerArguments, training: TrainingArguments) -> Tokenize
     test_masks = compose_masks(
         recipe.bank, "test", recipe.test_masks, training.seed, output / "test_masks.npy", recipe.workers
     )
-    seen = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+    seen = training.max_steps * training.train_batch_size
     indices = range(max(seen, len(masks)))
     pictures = MaskPictures(
         masks,

@@ -99,7 +99,8 @@ class WordRegions(nn.Module):
         half = F.normalize(features[..., : features.shape[-1] // 2].float(), dim=-1).flatten(0, -2)
         loss = half.sum() * 0.0
         for ids, targets, weight in ((self.nouns, nouns, self.noun_weight), (self.colors, colors, None)):
-            logits = half @ self.embed(ids, embedding).T / TEMPERATURE
+            with torch.autocast(half.device.type, enabled=False):
+                logits = half @ self.embed(ids, embedding).float().T / TEMPERATURE
             part = F.cross_entropy(logits, targets.flatten(), weight=weight, ignore_index=IGNORED, reduction="sum")
             known = targets.flatten().clamp(min=0)
             share = (targets.flatten() != IGNORED) * (1.0 if weight is None else weight[known])

@@ -95,6 +95,12 @@ class EfficientNetLiteVisionConfig(InternVLVisionConfig):
         if any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise ValueError(f"image_size {self.image_size} must be divisible by patch_size {self.patch_size}")
 
+    @property
+    def folds(self) -> list[int]:
+        """Of each of `feature_strides`: how many cells in a row lie below a token."""
+        patch = min(self.patch_size)
+        return [2 ** max((patch // stride).bit_length() - 1, 0) for stride in self.feature_strides]
+
 
 class EfficientNetLiteConv2d(nn.Conv2d):
     """Convolution with bias (a batch norm is folded into it), TensorFlow's SAME padding, and optionally ReLU6.
@@ -205,9 +211,7 @@ class EfficientNetLiteVisionModel(EfficientNetLiteVisionPreTrainedModel):
         super().__init__(config)
         self.grid_size = tuple(size // patch for size, patch in zip(config.image_size, config.patch_size, strict=True))
         self.trunk = EfficientNetLiteTrunk(config)
-        patch = min(config.patch_size)
-        # cells of each stride in a row below a token
-        self.folds = [2 ** max((patch // stride).bit_length() - 1, 0) for stride in config.feature_strides]
+        self.folds = config.folds
         width = sum(count * fold**2 for count, fold in zip(self.trunk.out_channels, self.folds, strict=True))
         # the pretrained features are large (standard deviation 3 to 7): unscaled they would drown the positions
         self.feature_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)

@@ -88,9 +88,18 @@ def half(side: int) -> np.ndarray:
     return np.broadcast_to(np.arange(side) < side // 2, (1, side, side))
 
 
-def test_fewer_masks_than_the_cache_has_are_of_all_presets(bank_folder, tmp_path):
+def test_masks_are_the_same_whatever_was_cached_before(bank_folder, tmp_path):
+    cache = tmp_path / "masks.npy"
+    compose_masks(bank_folder, "train", 11, seed=0, cache=cache)
+    alone = compose_masks(bank_folder, "train", 3, seed=0)
+    for _ in range(2):
+        assert np.array_equal(compose_masks(bank_folder, "train", 3, seed=0, cache=cache), alone)
+
+
+def test_of_more_masks_that_were_put_there_those_of_all_presets_are_taken(bank_folder, tmp_path):
     cache = tmp_path / "masks.npy"
     masks = compose_masks(bank_folder, "train", 11, seed=0, cache=cache)
+    cache.with_suffix(".json").unlink()
     assert np.array_equal(compose_masks(bank_folder, "train", 3, seed=0, cache=cache), masks[[0, 5, 10]])
 
 
@@ -551,7 +560,7 @@ def test_scales_are_dropped_by_step_alone(trained, bank_folder):
         return train_visual_tokenizer.TokenizerTrainer(
             model=VARTokenizer.from_pretrained(trained),
             args=tiny_scenes.training_arguments(trained, seed=seed),
-            recipe=arguments(bank_folder, **{"patch_nums": [1, 2, 3, 4], "scale_dropout": 0.3} | changes),
+            recipe=arguments(bank_folder, **{"scale_dropout": 0.3} | changes),
             test_masks=half(4),
             pictures=MaskPictures(half(4), 16, seed=None),
         )
@@ -563,7 +572,49 @@ def test_scales_are_dropped_by_step_alone(trained, bank_folder):
     assert found == scales(trainer(1)) != scales(trainer(2))
     assert set(found) == {4, 2, 3} and 80 < 400 - found.count(4) < 160
     assert set(scales(trainer(1, scale_dropout=0.0))) == {4}
-    assert set(scales(trainer(1, patch_nums=[1, 4]))) == {2}  # the first scale alone draws nothing
+    two = trainer(1)
+    two.model.config.patch_nums = [1, 4]  # as of a tokenizer that it went on from, whatever the recipe says
+    assert set(scales(two)) == {2}  # the first scale alone draws nothing
+
+
+GOING_ON = {"autoencoder_steps": 0, "codes": "keep"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (GOING_ON | {"patch_nums": [1, 4]}, r"--patch_nums \[1, 4\]: the tokenizer of --start_from has"),
+        (GOING_ON | {"rate_weight": [0.7]}, r"--rate_weight \[0\.7\]"),
+        (GOING_ON | {"image_size": 64}, "--image_size 64"),
+        ({"decoder_only": True, "vocab_size": 9}, "--vocab_size 9"),
+        ({"latent_channels": 5}, "--latent_channels 5"),
+    ],
+)
+def test_the_sizes_of_a_tokenizer_that_a_run_goes_on_from_stay(trained, bank_folder, options, message):
+    recipe = TokenizerArguments(str(bank_folder), start_from=str(trained), **options)
+    with pytest.raises(ValueError, match=message):
+        build(recipe)
+
+
+def test_they_need_not_be_said_again(trained, bank_folder):
+    recipe = TokenizerArguments(str(bank_folder), start_from=str(trained), **GOING_ON)
+    config = build(recipe).config
+    assert (recipe.image_size, recipe.patch_nums) == (config.image_size, config.patch_nums) == (32, [1, 2, 4, 8])
+
+
+def test_autocast_is_for_the_network(trained, bank_folder):
+    """Which is called in parts: `accelerate` would do it for `forward` alone."""
+    args = tiny_scenes.training_arguments(trained, bf16=True)
+    pictures = MaskPictures(half(4), 32, seed=None)
+    trainer = train_visual_tokenizer.TokenizerTrainer(
+        model=VARTokenizer.from_pretrained(trained), args=args, recipe=arguments(bank_folder, decoder_only=True),
+        test_masks=half(4), pictures=pictures,
+    )  # fmt: skip
+    found = set()
+    for part in (trainer.model.encoder.conv_in, trainer.model.decoder.conv_in):
+        part.register_forward_hook(lambda module, given, out: found.add(out.dtype))
+    trainer.compute_loss(trainer.model, {"indices": torch.arange(4)})
+    assert found == {torch.bfloat16}
 
 
 def test_a_run_from_an_autoencoder_keeps_its_weights_and_takes_the_new_sizes(trained, bank_folder):

@@ -21,8 +21,8 @@ def read(source: Source) -> Samples:
         info = item["image_info"]
         height, width = info["height"], info["width"]
         for annotation in item["anns"]:
-            prompt = annotation[f"{source.split}_visual_prompt_mask"]
-            box = box_of_mask(load_mask(prompt))
+            prompt = annotation.get(f"{source.split}_visual_prompt_mask")
+            box = None if prompt is None else box_of_mask(load_mask(prompt))
             if annotation.get("iscrowd") or box is None:
                 continue
             in_words = source.split == "box"
