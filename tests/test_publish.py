@@ -67,6 +67,16 @@ def test_a_model_folder_is_fit(model_folder):
     assert found.files.keys() == on_disk and "model.safetensors" in str(found)
 
 
+def test_what_the_upload_leaves_out_is_not_looked_at(model_folder):
+    """As `snapshot_download(local_dir=...)` leaves it."""
+    lock = model_folder / ".cache/huggingface/download/README.md.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    found = publish.inspect(model_folder, "model")
+    shutil.rmtree(model_folder / ".cache")
+    assert not found.problems and not any(".cache" in name for name in found.files)
+
+
 def test_what_is_published_from_here_is_fit():
     for path in METRICS:
         assert inspect(path, "metric", f"owner/{path.name}").problems == [], path.name

@@ -140,6 +140,11 @@ def run(args: argparse.Namespace, state: PartialState) -> None:
     if args.zoom and task.reader == "interactive":
         raise ValueError("--zoom: what is marked in an image, or told in its coordinates, is not so in its parts")
     samples, class_names, cut = load_samples(source, args.limit)
+    if task.reader == "masks" and source.format != "split" and state.is_main_process:
+        print(
+            f"these data have no splits: all {len(samples)} rows are asked, also what training has seen",
+            file=sys.stderr,
+        )
     Scores.for_task(task, args.metrics, class_names)  # says now, not at the end, what cannot be
     folder = args.output or default_output(args.model, source, args.zoom, args.follow_edges)
     if state.device.type == "cpu":

@@ -32,7 +32,7 @@ from processing.zoom import generate_option
 from .command_line import needing
 from .evaluation.answers import union
 from .lora import MaskEvaluation, load_data
-from .mask_data import conversation_of, target_masks
+from .mask_data import check_requests, conversation_of, target_masks
 from .mask_data.mask_values import union_of
 from .mask_data.samples import BadSample
 from .metrics import SegmentationMetrics
@@ -236,7 +236,8 @@ def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelCon
         "picture_logit_adjustment": picture_logit_adjustment(model),
         "suppress_tokens": [model.config.image_token_id],  # the newest TRL does so by itself
     }
-    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    parts = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    rows, validation = (check_requests(part, processor, recipe.skip_bad_samples) for part in parts)
     requests = requests_of(rows, processor)
     settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)
     settings |= {name: getattr(training, name) for name in SETTINGS}

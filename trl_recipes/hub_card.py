@@ -247,6 +247,10 @@ def main(arguments: list[str] | None = None) -> None:
         card = make_card(args.kind, facts, args.folder, args.results)
     except (ValueError, OSError, yaml.YAMLError) as error:
         raise SystemExit(f"error: {error}") from error
+    for path in args.results:
+        measured = str(read_result(path)["settings"].get("model"))
+        if Path(measured).resolve() != args.folder.resolve():
+            print(f"WARNING: {path} was measured on {measured}, not on {args.folder}: is it the same model?")
     card.save(args.folder / "README.md")
     print(f"written: {args.folder / 'README.md'}")
 

@@ -35,7 +35,7 @@ from .drawing_trainer import DrawingEvaluation, DrawingTrainer
 from .export import set_picture_options
 from .help_format import Help
 from .learning_curve import learning_curve
-from .mask_data import MaskCollator, has_split, load_mask_data, split_by_image, tokenise_masks
+from .mask_data import MaskCollator, check_requests, has_split, load_mask_data, split_by_image, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .mask_data.mask_values import union_of
 from .mask_data.tokenising import target_masks
@@ -177,8 +177,10 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     return model, processor
 
 
-def load_data(recipe: MaskDataArguments, seed: int, progress: bool = True) -> tuple[Dataset, Dataset]:
-    """Training and validation rows; see `load_mask_data`.
+def load_data(
+    recipe: MaskDataArguments, seed: int, progress: bool = True, evaluates: bool = True
+) -> tuple[Dataset, Dataset]:
+    """Training and validation rows; see `load_mask_data`. Where nothing is evaluated, all are for training.
 
     Raises:
         ValueError: data that cannot be read, or a sample that cannot be used.
@@ -194,6 +196,8 @@ def load_data(recipe: MaskDataArguments, seed: int, progress: bool = True) -> tu
         return load_mask_data(data, split, options, skip, progress)
 
     train = load(recipe.data, "train")
+    if not evaluates:
+        return train, train.select([])
     if recipe.eval_data is not None:
         named = has_split(recipe.eval_data, "validation")
         validation = load(recipe.eval_data, "validation" if named else "train")
@@ -261,7 +265,8 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     set_seed(training.seed)
     model, processor = load_model(recipe, on_cpu=training.device.type == "cpu")
     processor.visual_tokenizer.to(training.device)
-    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    validation = check_requests(validation, processor, recipe.skip_bad_samples)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     print(
         f"{len(rows)} training samples, {len(validation)} for validation, {processor.num_visual_tokens} visual tokens"
@@ -325,12 +330,26 @@ def train_and_draw_curve(trainer: MaskEvaluation) -> Path:
     """
     output = Path(trainer.args.output_dir)
     if where_to_go_on(trainer.args) is None and trainer.args.eval_strategy != "no":
-        print("before training:", show_metrics(trainer.evaluate()))
+        found = trainer.evaluate()
+        print("before training:", show_metrics(found))
+        with errors_in_a_line():
+            check_best(trainer.args, found)
     train_or_go_on(trainer)
     if trainer.is_world_process_zero():
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         save_picture(learning_curve(losses, read_metrics(output)), output / "learning_curve.png")
     return output
+
+
+def check_best(training: TrainingArguments, found: dict[str, float]) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint to be kept is to be the best by a metric that evaluation does not give.
+    """
+    name = f"eval_{(training.metric_for_best_model or '').removeprefix('eval_')}"
+    if training.load_best_model_at_end and name not in found:
+        names = ", ".join(one.removeprefix("eval_") for one in found)
+        raise ValueError(f"--metric_for_best_model {name.removeprefix('eval_')}: these validation data give {names}")
 
 
 def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:

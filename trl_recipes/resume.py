@@ -1,5 +1,6 @@
 """Where a run that was killed goes on, and that one which is finished does not."""
 
+import dataclasses
 import json
 import math
 import zipfile
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .settings_files import write_whole
 from .training_options import refuse
 
 TORCH_FILES = (".pt", ".pth", ".bin")
@@ -83,6 +85,18 @@ def _tell_of_broken(output: Path, used: str | None) -> None:
             print(f"{path} is broken ({flaw}) and passed over: the run {instead}")
 
 
+def find_best(state: TrainerState, checkpoint: Path, output: Path) -> None:
+    """Makes a checkpoint say where the best one is now: it was written down as seen from where the run began."""
+    if state.best_model_checkpoint is None:
+        return
+    best = output / Path(state.best_model_checkpoint).name
+    if best.is_dir() and str(best) != state.best_model_checkpoint:
+        state.best_model_checkpoint = str(best)
+        write_whole(
+            checkpoint / TRAINER_STATE_NAME, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
+        )
+
+
 def train_or_go_on(trainer: Trainer) -> None:
     """Trains, from a checkpoint if there is one. A run that has all its steps behind it only loads what it ends with:
     `Trainer` would take one more step, each time.
@@ -102,9 +116,12 @@ def train_or_go_on(trainer: Trainer) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             setattr(args, name, math.ceil(steps * value))
-    done = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
-    if done >= steps:
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    with args.main_process_first(local=False):
         if trainer.is_world_process_zero():
-            print(f"the run is finished at step {done}: nothing is trained; to go on, raise its number of steps")
+            find_best(state, Path(checkpoint), Path(args.output_dir))
+    if state.global_step >= steps:
+        if trainer.is_world_process_zero():
+            print(f"the run is finished at step {state.global_step}: nothing is trained; to go on, raise its steps")
         args.max_steps, args.num_train_epochs = -1, 0
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -42,7 +42,7 @@ from .lora import (
     save_merged,
     train_and_draw_curve,
 )
-from .mask_data import MaskCollator, tokenise_masks
+from .mask_data import MaskCollator, check_requests, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
@@ -59,7 +59,7 @@ with needing("train", __name__):
     )
 
 RESULTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "merged")  # of a run
-REFUSED = ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
+REFUSED = ("max_length", "packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
 IGNORED = ("loss_type", "label_smoothing_factor", "completion_only_loss")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
@@ -164,7 +164,8 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     training.max_length = None  # a picture cannot be cut
     model, processor, config = begin(recipe, training, model_args)
     output = Path(training.output_dir)
-    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm)
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    validation = check_requests(validation, processor, recipe.skip_bad_samples)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)
     start_run(output, settings, str(model_args.model_name_or_path), recipe.overwrite, RESULTS)
@@ -221,8 +222,8 @@ def make_parser() -> TrlParser:
 
 def run(parser: TrlParser, prepare: Callable[..., MaskEvaluation], arguments: list[str] | None) -> None:
     """What the command line says: prepares a trainer, trains and reports."""
-    recipe, training, model_args = parser.parse_args_and_config(arguments)
     with errors_in_a_line():
+        recipe, training, model_args = parser.parse_args_and_config(arguments)
         trainer = prepare(recipe, training, model_args)
     report(trainer, train(trainer))
 

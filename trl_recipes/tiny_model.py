@@ -180,13 +180,13 @@ def adopt_visual_tokenizer(
     codes = zip(new.quantize.parameters(), old.quantize.parameters(), strict=True)
     if sides == old_sides and all(torch.equal(a, b) for a, b in codes):
         return model, rebuild_processor(processor, new)
+    if not set(sides) <= set(old_sides):
+        raise ValueError(f"{folder} has the scales {sides}, the model {old_sides}: it has no embeddings for the others")
     if new.config.vocab_size < old.config.vocab_size:
         raise ValueError(
             f"{folder} has {new.config.vocab_size} codes, fewer than the model's {old.config.vocab_size}: the visual "
             "tokens beyond cannot be taken out of its vocabulary"
         )
-    if not set(sides) <= set(old_sides):
-        raise ValueError(f"{folder} has the scales {sides}, the model {old_sides}: it has no embeddings for the others")
     first = processor.visual_token_offset
     if first + old.config.vocab_size != len(processor.tokenizer):
         raise ValueError("the visual tokens are not the tail of the vocabulary")

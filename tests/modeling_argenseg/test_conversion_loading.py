@@ -112,6 +112,8 @@ def test_loads_with_nothing_missing(tmp_path, vae_in_pth):
     if vae_in_pth:
         alone = VARTokenizer.from_pretrained(tmp_path / "r" / "vae_ch32v64z32.pth")
         assert all(torch.equal(value, tensors[PREFIX + key]) for key, value in alone.state_dict().items())
+        searching = VARTokenizer.from_pretrained(tmp_path / "r" / "vae_ch32v64z32.pth", search_steps=5)
+        assert searching.config.search_steps == 5
 
 
 def test_options_of_from_pretrained(released):

@@ -1,6 +1,8 @@
 """Short runs that differ in one thing, and what is compared."""
 
+import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import tiny_scenes
@@ -56,6 +58,18 @@ def test_a_table_of_finished_runs(bank_folder, tokenizer_folder, tmp_path, monke
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: pytest.fail("a finished run was made again"))
     monkeypatch.setattr(ablations, "held_out", lambda *args: pytest.fail("a finished run was measured again"))
     assert table in run()
+
+
+def test_finished_runs_of_other_options_are_not_mixed_in(tmp_path):
+    asked = ablations.AblationArguments(only=["recipe"], validation_scenes=7)
+    folder = tmp_path / "recipe"
+    folder.mkdir()
+    (folder / "processor_config.json").touch()
+    (folder / "held_out.json").write_text(json.dumps(dict.fromkeys(ablations.COLUMNS, 1.0)))
+    training = SimpleNamespace(output_dir=str(tmp_path))
+    ablations.main(["--bank", "here"], asked, None, training)
+    with pytest.raises(ValueError, match="holds a run with other settings: options was .* another --output_dir"):
+        ablations.main(["--bank", "there"], asked, None, training)
 
 
 def test_what_the_last_scale_says_alone_is_apart_from_the_rest(learned_folder, bank_folder, tokenizer_folder):

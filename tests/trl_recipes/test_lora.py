@@ -360,3 +360,27 @@ def test_trainer_itself_does_with_the_same_parts(known_folder, data, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_requests_that_cannot_be_asked_are_told_before_the_first_step(known_folder, data, tmp_path):
+    bad = own_masks.rows()[:2] + [own_masks.rows()[0] | {"prompt": "the <mask> of the man"}]
+    own_masks.write_jsonl(data.parent / "bad.jsonl", bad)
+    words = command(known_folder, data, tmp_path / "out", eval_data=data.parent / "bad.jsonl")
+    with pytest.raises(SystemExit, match="bad.jsonl line 3.*<mask>"):
+        lora.main(words)
+    trainer, _ = lora.prepare(*parsed([*words, "--skip_bad_samples", "True"]))
+    assert len(trainer.validation) == 2
+
+
+def test_without_evaluation_everything_is_for_training(known_folder, data, tmp_path):
+    words = command(known_folder, data, tmp_path / "out", eval_strategy="no", load_best_model_at_end=False)
+    words = [word for word in words if word not in ("--eval_data",)]
+    del words[words.index(str(data), words.index(str(data)) + 1)]
+    trainer, _ = lora.prepare(*parsed(words))
+    assert len(trainer.train_dataset) == 6 and len(trainer.validation) == 0
+
+
+def test_a_metric_that_is_not_measured_is_told_at_once(known_folder, data, tmp_path):
+    words = command(known_folder, data, tmp_path / "out", metric_for_best_model="loss")
+    with pytest.raises(SystemExit, match="--metric_for_best_model loss: these validation data give giou, ciou"):
+        lora.main(words)

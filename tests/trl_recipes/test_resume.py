@@ -106,3 +106,24 @@ def test_the_checkpoint_that_is_named_is_used(tmp_path, capsys):
     broken = TrainingArguments(str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-4"), use_cpu=True)
     with pytest.raises(ValueError, match=r"checkpoint-4 is no whole checkpoint \(optimizer.pt is cut off\)"):
         where_to_go_on(broken)
+
+
+def test_checkpoints_without_an_optimizer_are_none_to_go_on_from(tmp_path, capsys):
+    train_or_go_on(trainer(tmp_path))
+    (tmp_path / "checkpoint-7/optimizer.pt").unlink()
+    assert Path(last_checkpoint(tmp_path)).name == "checkpoint-4"
+    with pytest.raises(ValueError, match="--save_only_model leaves no checkpoints to go on from"):
+        where_to_go_on(TrainingArguments(str(tmp_path), save_only_model=True, use_cpu=True))
+
+
+def test_the_best_checkpoint_is_found_from_another_folder(tmp_path, monkeypatch):
+    """It is written down as seen from where the run began."""
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    train_or_go_on(trainer(Path("run")))
+    path = Path("run/checkpoint-7/trainer_state.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"best_model_checkpoint": "run/checkpoint-4"}))
+    monkeypatch.chdir(tmp_path)
+    again = trainer(Path("a/run"))
+    train_or_go_on(again)
+    assert again.state.best_model_checkpoint == "a/run/checkpoint-4"

@@ -128,6 +128,21 @@ def test_scales_of_known_sides_keep_their_embeddings(fresh, tmp_path, sides):
     assert processor.num_visual_tokens == len(rows) == changed.config.visual_tokenizer_config.num_tokens
 
 
+def test_the_same_codes_in_other_scales_are_another_tokenizer(fresh, tmp_path):
+    old = fresh[1].visual_tokenizer
+    new = tiny_scenes.grey_tokenizer(sides=(1, 4, 8))
+    assert torch.equal(new.quantize.embedding.weight, old.quantize.embedding.weight)
+    new.save_pretrained(tmp_path)
+    model, processor = adopt_visual_tokenizer(*fresh, str(tmp_path))
+    assert list(model.config.patch_nums) == list(processor.visual_tokenizer.config.patch_nums) == [1, 4, 8]
+
+
+def test_fewer_codes_are_refused(fresh, tmp_path):
+    tiny_scenes.grey_tokenizer(sides=(1, 2, 4, 8), codes=9).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="9 codes, fewer than the model's 17"):
+        adopt_visual_tokenizer(*fresh, str(tmp_path))
+
+
 def test_a_scale_without_embeddings_is_refused(fresh, tmp_path):
     tiny_scenes.grey_tokenizer(sides=(1, 3, 8), codes=9).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"\[1, 3, 8\].*\[1, 2, 4, 8\]"):

@@ -40,7 +40,12 @@ class ModelPredictor:
         images = [load_image(sample) for sample in samples]
         conversations = [self.conversation(*pair) for pair in zip(samples, images, strict=True)]
         labels = [sample.text for sample in samples]
-        answers = answer(self.model, self.processor, conversations, images, labels, do_sample=False, **self.options)
+        try:
+            answers = answer(self.model, self.processor, conversations, images, labels, do_sample=False, **self.options)
+        except ValueError as error:
+            if len(samples) > 1:  # which of them?
+                return [prediction for sample in samples for prediction in self([sample])]
+            raise ValueError(f"sample {samples[0].id} ({samples[0].text[:80]!r}): {error}") from error
         return [_prediction(sample, found) for sample, found in zip(samples, answers, strict=True)]
 
     def conversation(self, sample: Sample, image: Any) -> list[dict[str, Any]]:

@@ -11,12 +11,13 @@ trainers that tokenise by themselves.
 
 from .loading import has_split, load_mask_data, split_by_image
 from .samples import BadSample, ReaderOptions
-from .tokenising import MaskCollator, conversation_of, target_masks, tokenise_masks
+from .tokenising import MaskCollator, check_requests, conversation_of, target_masks, tokenise_masks
 
 __all__ = [
     "BadSample",
     "MaskCollator",
     "ReaderOptions",
+    "check_requests",
     "conversation_of",
     "has_split",
     "load_mask_data",

@@ -20,6 +20,9 @@ def read_coco(content: dict[str, Any], path: Path, options: ReaderOptions) -> So
     Raises:
         ValueError: the file has no categories (or no captions) to make prompts of, or two entries of the same id.
     """
+    for part in ("images", "annotations"):
+        if not isinstance(content[part], list):
+            raise ValueError(f"{path}: {part!r} must be a list, not {type(content[part]).__name__}")
     annotations = [(number, one) for number, one in enumerate(content["annotations"])]
     captioned = any(isinstance(one, dict) and "caption" in one for _, one in annotations)
     by_caption = captioned if options.coco_prompts == "auto" else options.coco_prompts == "captions"

@@ -39,7 +39,8 @@ def load_mask_data(
               not there), or the released project's, with `conversations` and `mask`,
             - COCO instances JSON, or a JSON list of rows as in JSONL,
             - a `datasets` data set, on disk (`save_to_disk`, parquet) or by its name on the Hub.
-            A folder may also hold `train` and `validation` of any of these (folders or files).
+            A folder may also hold `train`, `validation` and `test` of any of these (folders or files); what it lists
+            itself is "train", too.
         split: train, validation or test, where the data have splits; data without splits are all "train".
         options: what the data leave open; see `ReaderOptions`.
         skip_bad_samples: leave out samples that cannot be used, and say how many; default: the first one is an error.
@@ -183,12 +184,13 @@ def find_split(data: str | Path, split: str) -> Path | DatasetDict | str | None:
         if found is not None:
             return found
     parts = (_part(path, name) for names in SPLIT_NAMES.values() for name in names)
-    return path if split == "train" and all(part is None for part in parts) else None
+    is_whole = all(part is None for part in parts) or any((path / name).is_file() for name in PROMPT_FILES)
+    return path if split == "train" and is_whole else None
 
 
 def _part(path: Path, name: str) -> Path | None:
     """What a folder has under the name of a split."""
-    candidates = (path / f"{name}{suffix}" for suffix in ("", ".jsonl", ".json", ".parquet"))
+    candidates = (path / f"{name}{suffix}" for suffix in (".jsonl", ".json", ".parquet", ""))
     return next((candidate for candidate in candidates if candidate.exists()), None)
 
 
@@ -245,11 +247,19 @@ def split_by_image(dataset: Dataset, share: float, seed: int = 0) -> tuple[Datas
     """Training and validation rows; all requests for one image are on the same side.
 
     Raises:
-        ValueError: there are fewer than two images.
+        ValueError: there are fewer than two images, or a share that sets none or all aside.
     """
+    if not 0 < share < 1:
+        raise ValueError(
+            f"--validation_share {share}: give a share between 0 and 1; to use all for training, give --eval_strategy "
+            "no --load_best_model_at_end False"
+        )
     ids = list(dict.fromkeys(dataset["image_id"]))
     if len(ids) < 2:
-        raise ValueError(f"{len(ids)} image is too few to set some aside for validation: give --eval_data")
+        raise ValueError(
+            f"{len(ids)} image is too few to set some aside for validation: give --eval_data, or "
+            "--eval_strategy no --load_best_model_at_end False to train without"
+        )
     count = min(max(1, round(len(ids) * share)), len(ids) - 1)
     order = np.random.default_rng(seed).permutation(len(ids))
     held_out = {ids[i] for i in order[:count]}

@@ -10,6 +10,8 @@ from pycocotools import mask as coco_mask
 
 from processing.mask_inputs import load_mask
 
+BEYOND = 0.05  # of the image's side: polygons may reach so far out of it, as annotation tools permit
+
 
 def split_masks(value: Any) -> list[Any]:
     """A field's value as a list of masks: polygons are one mask, a list of paths, RLEs or pictures several.
@@ -27,7 +29,7 @@ def read_mask(value: Any, size: tuple[int, int], root: Path) -> np.ndarray:
 
     Args:
         value: path of a picture (relative to `root`), COCO RLE, polygons `[[x1, y1, x2, y2, ...], ...]` or
-            `[[[x, y], ...], ...]` in pixels, a `PIL.Image` or an array.
+            `[[[x, y], ...], ...]` in pixels, a `PIL.Image`, an array or rows of pixels.
         size: (height, width) of the image.
 
     Raises:
@@ -37,8 +39,8 @@ def read_mask(value: Any, size: tuple[int, int], root: Path) -> np.ndarray:
         value = root / value
         if not value.is_file():
             raise ValueError(f"there is no file {str(value)!r}")
-    if isinstance(value, list) and value and isinstance(value[0], list) and value[0] and isinstance(value[0][0], bool):
-        value = np.asarray(value)  # rows of pixels
+    if _is_rows_of_pixels(value):
+        value = np.asarray(value)
     try:
         mask = _draw_polygons(value, size) if isinstance(value, list) else load_mask(value)
     except TypeError as error:
@@ -52,19 +54,34 @@ def read_mask(value: Any, size: tuple[int, int], root: Path) -> np.ndarray:
 
 
 def _draw_polygons(value: list, size: tuple[int, int]) -> np.ndarray:
-    """The union of polygons, as COCO draws them. Raises ValueError: not polygons, or all of them off the image."""
+    """The union of polygons, as COCO draws them. Raises ValueError: not polygons, or not of this image."""
     polygons = [value] if _is_polygon(value) else value
     flat = []
     for polygon in polygons:
         if not isinstance(polygon, list) or not _is_polygon(polygon):
             raise ValueError("a polygon is a list of at least three points, [x1, y1, x2, y2, ...] or [[x, y], ...]")
         flat.append([float(number) for point in polygon for number in (point if isinstance(point, list) else [point])])
+        for numbers, side, name in ((flat[-1][0::2], size[1], "x"), (flat[-1][1::2], size[0], "y")):
+            if min(numbers) < -BEYOND * side or max(numbers) > (1 + BEYOND) * side:
+                raise ValueError(
+                    f"a polygon has {name} from {min(numbers):g} to {max(numbers):g}, the upright image goes to {side};"
+                    " was it drawn on the image in another size, or before EXIF turned it upright?"
+                )
     mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, *size))).astype(bool)
     if not mask.any():
         raise ValueError(
             "its polygons cover no pixel of the image; are they in pixels, x first? An empty list: not there"
         )
     return mask
+
+
+def _is_rows_of_pixels(value: Any) -> bool:
+    """Lists as a table or JSON holds an array (H, W): as long as each other, of booleans, of 0 and 1 or 0 and 255."""
+    if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
+        return False
+    if len({len(row) for row in value}) > 1 or isinstance(value[0][0], list):
+        return False
+    return any(all(pixel in (0, white) for row in value for pixel in row) for white in (1, 255))
 
 
 def _is_polygon(value: list) -> bool:

@@ -44,7 +44,10 @@ def plain_row(row: Any, where: str, root: Path, options: ReaderOptions) -> RawSa
         raise BadSample(where, names["prompt"] or "prompt", _missing(row, "prompt"))
     if names["mask"] is None:
         raise BadSample(where, "mask", _missing(row, "mask") + "; null or [] says that the thing is not there")
-    return RawSample(where, row[names["image"]], prompt.strip(), split_masks(row[names["mask"]]), None, fields, root)
+    sample = RawSample(where, row[names["image"]], prompt.strip(), split_masks(row[names["mask"]]), None, fields, root)
+    if isinstance(row.get("height"), int) and isinstance(row.get("width"), int):
+        sample.told_size, sample.told_by = (row["height"], row["width"]), "the row"
+    return sample
 
 
 def _missing(row: dict[str, Any], part: str) -> str:
@@ -103,6 +106,7 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
     Raises:
         ValueError: there are neither prompts nor `options.prompt`, or no images.
     """
+    owners: dict[str, str] = {}  # the image that each mask is of
     listed = next((folder / name for name in PROMPT_FILES if (folder / name).is_file()), None)
     root = Path(options.image_root or folder)
     if listed is None and not options.prompt:
@@ -125,7 +129,11 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
         if mask is not None:
             row = row | {mask: find(where, mask, lambda: _find_mask(root, row[mask]))}
         elif "conversations" not in row:
-            row = row | {options.columns.get("mask", "mask"): _same_named_mask(root, image, where)}
+            found = _same_named_mask(root, image, where)
+            if owners.setdefault(found, str(image)) != str(image):
+                told = f"{found} would be the mask of {owners[found]} and of {image}: name it in the list, or call it"
+                raise BadSample(where, "mask", f"{told} masks/{Path(str(image)).name}.png")
+            row = row | {options.columns.get("mask", "mask"): found}
         return plain_row(row | {name: image}, where, root, options)
 
     def find(where: str, field: str, look: Callable[[], Any]) -> Any:
@@ -207,13 +215,14 @@ def _find_mask(folder: Path, value: Any) -> Any:
 def _same_named_mask(folder: Path, image: Any, where: str) -> str:
     path = Path(str(image))
     inner = Path(*path.parts[1:]) if path.parts[:1] == ("images",) else path
-    candidates = [Path("masks") / inner.with_suffix(".png"), Path("masks") / f"{inner}.png"]
+    usual = Path("masks") / inner.with_suffix(".png")
+    candidates = [Path("masks") / f"{inner}.png", usual]
     if path.suffix.lower() != ".png":
         candidates.append(path.with_suffix(".png"))
     for candidate in candidates:
         if (folder / candidate).is_file():
             return str(candidate)
-    raise BadSample(where, "mask", f"no {candidates[0]} in {folder}; an empty field says that the thing is not there")
+    raise BadSample(where, "mask", f"no {usual} in {folder}; an empty field says that the thing is not there")
 
 
 def read_json(path: Path, options: ReaderOptions) -> Source:

@@ -108,6 +108,29 @@ def tokenise_masks(
     return joined
 
 
+def check_requests(dataset: Dataset, processor: ProcessorMixin, skip_bad_samples: bool = False) -> Dataset:
+    """Rows of `load_mask_data` whose requests can be asked: that they fit the context and hold no markers of their own
+    would be found out only when the model is asked.
+
+    Raises:
+        BadSample: one of them cannot; names file and line.
+    """
+    bad: dict[int, BadSample] = {}
+    for number, row in enumerate(dataset.remove_columns("image")):
+        height, width = row["image_size"]
+        asked = conversation_of(processor, row, Image.new("RGB", (width, height)))[:-1]
+        options = {"add_generation_prompt": True, "processor_kwargs": {"search_steps": 0}}
+        try:
+            processor.apply_chat_template(asked, tokenize=True, return_dict=True, **options)
+        except (ValueError, TypeError) as error:
+            bad[number] = BadSample(row["sample"], "", str(error))
+    if bad and not skip_bad_samples:
+        raise next(iter(bad.values()))
+    good = [number for number in range(len(dataset)) if number not in bad]
+    report_skipped(list(bad.values()), len(good))
+    return dataset.select(good) if bad else dataset
+
+
 def _tokenise_rows(processor: Any, rows: dict[str, list]) -> dict[str, list]:
     singles = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     try:

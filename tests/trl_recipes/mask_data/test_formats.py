@@ -1,6 +1,7 @@
 """Every data format gives the same rows; what the rows hold is held against masks that the test knows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from processing.mask_inputs import load_mask
-from trl_recipes.mask_data import ReaderOptions, has_split, load_mask_data, split_by_image
+from trl_recipes.mask_data import BadSample, ReaderOptions, has_split, load_mask_data, split_by_image
 
 SQUARE, DISC = own_masks.masks()["square"], own_masks.masks()["disc"]
 NOTHING = np.zeros_like(DISC)
@@ -310,3 +311,42 @@ def test_an_image_that_lies_on_its_side_is_set_upright(tmp_path):
     (found,) = load(own_masks.write_jsonl(tmp_path / "a.jsonl", [row]))
     assert found["image_size"] == [own_masks.HEIGHT, own_masks.WIDTH]
     assert found["image"].size == (own_masks.WIDTH, own_masks.HEIGHT)
+
+
+@pytest.mark.parametrize("white", [True, 1, 255])
+def test_masks_that_are_rows_of_pixels(tmp_path, white):
+    """As a table or JSON holds arrays; of other numbers they are polygons."""
+    pixels = (DISC * np.asarray(white)).tolist()
+    own_masks.write_pictures(tmp_path)
+    own_masks.write_jsonl(tmp_path / "train.jsonl", [{"image": "images/0.png", "prompt": "the ball", "mask": pixels}])
+    assert all((decoded(row) == DISC).all() for row in load(tmp_path / "train.jsonl"))
+    table = datasets.Dataset.from_dict(
+        {"image": [own_masks.photograph(0)], "prompt": ["the ball"], "mask": [DISC.astype(np.uint8) * np.uint8(white)]}
+    )
+    table.save_to_disk(tmp_path / "table")
+    assert all((decoded(row) == DISC).all() for row in load(tmp_path / "table"))
+
+
+def test_two_images_do_not_share_a_mask_by_their_names(tmp_path):
+    folder = own_masks.write_pictures(tmp_path)
+    own_masks.photograph(1).save(folder / "images/0.jpg")
+    (folder / "masks/0_disc.png").rename(folder / "masks/0.png")
+    (folder / "prompts.csv").write_text("image,prompt\n0.png,the ball\n0.png,the disc\n0.jpg,the ball\n")
+    with pytest.raises(BadSample, match=r"masks/0.png would be the mask of images/0.png and of images/0.jpg"):
+        load(folder)
+    shutil.copy(folder / "masks/0.png", folder / "masks/0.jpg.png")
+    assert len(load(folder)) == 3
+
+
+def test_test_masks_may_lie_beside_what_is_for_training(tmp_path):
+    folder = own_masks.as_csv_folder(tmp_path / "own")
+    own_masks.write_jsonl(folder / "test.jsonl", own_masks.rows()[:2])
+    assert len(load(folder, "train")) == 6 and len(load(folder, "test")) == 2
+    assert not has_split(folder, "validation")
+
+
+def test_a_list_goes_before_a_folder_of_the_same_name(tmp_path):
+    """`train/` may hold just the images."""
+    own_masks.as_jsonl(tmp_path)
+    (tmp_path / "train").mkdir()
+    assert len(load(tmp_path, "train")) == 6
