@@ -1,5 +1,7 @@
 """Where the time goes: hooks on the parts of a model, and the peak of memory."""
 
+import ctypes
+import gc
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -97,6 +99,9 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        gc.collect()
+        with suppress(OSError, AttributeError):  # glibc: gives back what was freed, or others' garbage would count
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: begins a new peak; elsewhere it is the peak since the process began
             Path("/proc/self/clear_refs").write_text("5")
     yield found
