@@ -128,7 +128,7 @@ def options_of_runs(words: list[str]) -> list[str]:
     kept, mine = [], False
     for word in words:
         if word.startswith("--"):
-            mine = word.split("=")[0] in ("--only", "--validation_scenes")
+            mine = word.split("=")[0] in ("--only", "--validation_scenes", "--output_dir")
         if not mine:
             kept.append(word)
     return kept

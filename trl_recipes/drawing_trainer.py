@@ -43,12 +43,14 @@ class DrawingTrainer(DrawingEvaluation):
         super().__init__(*args, **kwargs)
         self._usual_labels: torch.Tensor | None = None  # of text, and of pictures: mean number in a batch of this step
         self._logged: dict[str, torch.Tensor] = {}  # parts of the loss, summed up since they were logged
-        self._batches = 0
+        self._batches_of_step = 1
+        self._steps = 0  # since then
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.count_labels(batch).to(device) for batch in batches]
         if counts:
+            self._batches_of_step, self._steps = len(batches), self._steps + 1
             self._usual_labels = self.accelerator.gather(torch.stack(counts).float().mean(0)[None]).mean(0)
         return batches, items
 
@@ -101,8 +103,8 @@ class DrawingTrainer(DrawingEvaluation):
             loss = sum(logged.values(), start=text_loss + weight * visual_loss)
             logged |= {"text_loss": text_loss, "visual_loss": visual_loss}
         if model.training:
-            self._logged = {name: self._logged.get(name, 0) + value.detach() for name, value in logged.items()}
-            self._batches += 1
+            share = 1 / self._batches_of_step
+            self._logged |= {name: self._logged.get(name, 0) + share * value.detach() for name, value in logged.items()}
         outputs[0].loss = loss
         return (loss, outputs[0]) if return_outputs else loss
 
@@ -123,11 +125,11 @@ class DrawingTrainer(DrawingEvaluation):
         return text_loss * weights[0], outputs[0].visual_loss * weights[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._batches:
-            means = torch.stack([total.float() for total in self._logged.values()]) / self._batches
+        if "loss" in logs and self._logged:
+            means = torch.stack([total.float() for total in self._logged.values()]) / max(self._steps, 1)
             means = self.accelerator.gather(means[None]).mean(0).tolist()
             logs = logs | {name: round(mean, 4) for name, mean in zip(self._logged, means, strict=True)}
-            self._logged, self._batches = {}, 0
+            self._logged, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
 

@@ -31,7 +31,7 @@ from processing.zoom import generate_option
 
 from .command_line import needing
 from .evaluation.answers import union
-from .lora import MaskEvaluation, load_data
+from .lora import MaskEvaluation, evaluates, load_data
 from .mask_data import check_requests, conversation_of, target_masks
 from .mask_data.mask_values import union_of
 from .mask_data.samples import BadSample
@@ -236,7 +236,7 @@ def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelCon
         "picture_logit_adjustment": picture_logit_adjustment(model),
         "suppress_tokens": [model.config.image_token_id],  # the newest TRL does so by itself
     }
-    parts = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    parts = load_data(recipe, training.seed, not training.disable_tqdm, evaluates(training))
     rows, validation = (check_requests(part, processor, recipe.skip_bad_samples) for part in parts)
     requests = requests_of(rows, processor)
     settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)

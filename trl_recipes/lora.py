@@ -177,6 +177,10 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     return model, processor
 
 
+def evaluates(training: TrainingArguments) -> bool:
+    return training.eval_strategy != "no" or training.eval_on_start
+
+
 def load_data(
     recipe: MaskDataArguments, seed: int, progress: bool = True, evaluates: bool = True
 ) -> tuple[Dataset, Dataset]:
@@ -265,7 +269,7 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     set_seed(training.seed)
     model, processor = load_model(recipe, on_cpu=training.device.type == "cpu")
     processor.visual_tokenizer.to(training.device)
-    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, evaluates(training))
     validation = check_requests(validation, processor, recipe.skip_bad_samples)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     print(

@@ -37,6 +37,7 @@ from .lora import (
     MaskTrainer,
     check_masks,
     check_model,
+    evaluates,
     load_data,
     report,
     save_merged,
@@ -59,7 +60,7 @@ with needing("train", __name__):
     )
 
 RESULTS = ("model*.safetensors*", "adapter_model.safetensors", "adapter_config.json", "merged")  # of a run
-REFUSED = ("max_length", "packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
+REFUSED = ("packing", "padding_free", "assistant_only_loss", "use_liger_kernel")
 IGNORED = ("loss_type", "label_smoothing_factor", "completion_only_loss")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
@@ -161,10 +162,12 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
     """
     refuse(training, REFUSED, "does not go with rows that are tokenised before training")
     refuse_ignored(training, IGNORED, "the loss is the model's own, on answers alone")
-    training.max_length = None  # a picture cannot be cut
+    if training.max_length is not None:
+        refuse(training, ("max_length",), "would cut pictures")
+    training.max_length = None
     model, processor, config = begin(recipe, training, model_args)
     output = Path(training.output_dir)
-    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, training.eval_strategy != "no")
+    rows, validation = load_data(recipe, training.seed, not training.disable_tqdm, evaluates(training))
     validation = check_requests(validation, processor, recipe.skip_bad_samples)
     rows = tokenise_masks(rows, processor, recipe.cache_dir, recipe.skip_bad_samples)
     settings = run_settings(training, model, rows, validation) | sft_settings(recipe, config)

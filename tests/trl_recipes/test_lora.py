@@ -380,6 +380,12 @@ def test_without_evaluation_everything_is_for_training(known_folder, data, tmp_p
     assert len(trainer.train_dataset) == 6 and len(trainer.validation) == 0
 
 
+def test_evaluation_on_start_alone_needs_its_data(known_folder, data, tmp_path):
+    options = {"eval_strategy": "no", "load_best_model_at_end": False, "eval_on_start": True}
+    trainer, _ = lora.prepare(*parsed(command(known_folder, data, tmp_path / "out", **options)))
+    assert len(trainer.validation) == 6
+
+
 def test_a_metric_that_is_not_measured_is_told_at_once(known_folder, data, tmp_path):
     words = command(known_folder, data, tmp_path / "out", metric_for_best_model="loss")
     with pytest.raises(SystemExit, match="--metric_for_best_model loss: these validation data give giou, ciou"):

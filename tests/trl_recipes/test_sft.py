@@ -133,6 +133,17 @@ def test_the_loss_is_the_models_own(config, toy_folder, data, tmp_path):
 SPLITS = [(6, 1), (2, 3), (1, 6)]
 
 
+def test_the_parts_of_the_loss_are_those_of_groups_of_unlike_length(toy_folder, data, tmp_path):
+    """Six rows, four at a time: every second step has but two."""
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2, "logging_steps": 2}
+    quick = {"eval_strategy": "no", "save_strategy": "no"}
+    trainer = prepared(trl_command("sft_full", toy_folder, data, tmp_path, **options, **quick))
+    trainer.train()
+    found = next(entry for entry in trainer.state.log_history if "grad_norm" in entry)
+    weight = trainer.model.config.visual_loss_weight
+    assert found["text_loss"] + weight * found["visual_loss"] == pytest.approx(found["loss"], rel=2e-4)
+
+
 @pytest.mark.parametrize("config", ["sft_full", "sft_lora"])
 def test_a_step_is_the_same_however_its_rows_are_split(config, toy_folder, data, tmp_path):
     """Some of the small batches draw nothing, and their answers are of other lengths."""
@@ -242,6 +253,7 @@ def test_the_configurations_are_read_and_the_command_line_goes_before_them(name,
     [
         ({"packing": True}, "--packing does not go with"),
         ({"padding_free": True}, "--padding_free"),
+        ({"max_length": 99}, "--max_length would cut pictures"),
         ({"loss_type": "dft"}, "--loss_type would change nothing: the loss is the model's own"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor would change nothing"),
         ({"completion_only_loss": False}, "--completion_only_loss would change nothing"),

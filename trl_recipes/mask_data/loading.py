@@ -184,14 +184,21 @@ def find_split(data: str | Path, split: str) -> Path | DatasetDict | str | None:
         if found is not None:
             return found
     parts = (_part(path, name) for names in SPLIT_NAMES.values() for name in names)
-    is_whole = all(part is None for part in parts) or any((path / name).is_file() for name in PROMPT_FILES)
+    is_whole = all(part is None for part in parts) or _lists_samples(path)
     return path if split == "train" and is_whole else None
 
 
 def _part(path: Path, name: str) -> Path | None:
-    """What a folder has under the name of a split."""
-    candidates = (path / f"{name}{suffix}" for suffix in (".jsonl", ".json", ".parquet", ""))
+    """What a folder has under the name of a split: a folder that lists samples, or a file, or another folder."""
+    folder = path / name
+    if _lists_samples(folder) or any(folder.glob("*.parquet")):
+        return folder
+    candidates = (*(path / f"{name}{suffix}" for suffix in (".jsonl", ".json", ".parquet")), folder)
     return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def _lists_samples(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*PROMPT_FILES, "dataset_info.json", "dataset_dict.json"))
 
 
 def _hub_split(name: str, names: tuple[str, ...]) -> str | None:

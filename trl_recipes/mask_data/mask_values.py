@@ -39,7 +39,7 @@ def read_mask(value: Any, size: tuple[int, int], root: Path) -> np.ndarray:
         value = root / value
         if not value.is_file():
             raise ValueError(f"there is no file {str(value)!r}")
-    if _is_rows_of_pixels(value):
+    if _is_rows_of_pixels(value, size):
         value = np.asarray(value)
     try:
         mask = _draw_polygons(value, size) if isinstance(value, list) else load_mask(value)
@@ -75,13 +75,13 @@ def _draw_polygons(value: list, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-def _is_rows_of_pixels(value: Any) -> bool:
-    """Lists as a table or JSON holds an array (H, W): as long as each other, of booleans, of 0 and 1 or 0 and 255."""
+def _is_rows_of_pixels(value: Any, size: tuple[int, int]) -> bool:
+    """Whether these are the lists that a table or JSON makes of an array (H, W): booleans, or just as many numbers as
+    the image has pixels. Polygons are lists of numbers, too, which may all be 0 and 255."""
     if not isinstance(value, list) or not value or not all(isinstance(row, list) and row for row in value):
         return False
-    if len({len(row) for row in value}) > 1 or isinstance(value[0][0], list):
-        return False
-    return any(all(pixel in (0, white) for row in value for pixel in row) for white in (1, 255))
+    widths = {len(row) for row in value}
+    return isinstance(value[0][0], bool) or (len(value), *widths) == tuple(size)
 
 
 def _is_polygon(value: list) -> bool:

@@ -130,8 +130,9 @@ def read_folder(folder: Path, options: ReaderOptions) -> Source:
             row = row | {mask: find(where, mask, lambda: _find_mask(root, row[mask]))}
         elif "conversations" not in row:
             found = _same_named_mask(root, image, where)
-            if owners.setdefault(found, str(image)) != str(image):
-                told = f"{found} would be the mask of {owners[found]} and of {image}: name it in the list, or call it"
+            other = owners.setdefault(found, str(image))
+            if (root / other).resolve() != (root / str(image)).resolve():
+                told = f"{found} would be the mask of {other} and of {image}: name it in the list, or call it"
                 raise BadSample(where, "mask", f"{told} masks/{Path(str(image)).name}.png")
             row = row | {options.columns.get("mask", "mask"): found}
         return plain_row(row | {name: image}, where, root, options)

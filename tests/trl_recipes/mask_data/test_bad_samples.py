@@ -41,7 +41,6 @@ BAD_ROWS = {
         "the row says 120x80",
     ),
     "polygon of no area": (GOOD | {"mask": [[9, 9, 9, 9, 9, 9]]}, "mask", "cover no pixel"),
-    "rows of pixels of another size": (GOOD | {"mask": [[0, 1, 0, 1, 0, 1]] * 9}, "mask", "the mask is 6x9"),
     "number as mask": (GOOD | {"mask": 7}, "mask", "path, COCO RLE or polygons"),
     "not an object": (["images/0.png"], "", "not an object"),
     "too many masks": (conversation(mask=["masks/0_disc.png"] * 2), "mask", "2 masks for 1 <mask>"),

@@ -313,6 +313,14 @@ def test_an_image_that_lies_on_its_side_is_set_upright(tmp_path):
     assert found["image"].size == (own_masks.WIDTH, own_masks.HEIGHT)
 
 
+@pytest.mark.parametrize("box", [[[0, 0, 1, 0, 1, 1, 0, 1]], [[0, 0], [1, 0], [1, 1], [0, 1]]])
+def test_polygons_of_few_numbers_are_no_pixels(tmp_path, box):
+    own_masks.write_pictures(tmp_path)
+    own_masks.write_jsonl(tmp_path / "train.jsonl", [{"image": "images/0.png", "prompt": "the corner", "mask": box}])
+    (row,) = load(tmp_path / "train.jsonl")
+    assert decoded(row).sum() == decoded(row)[0, 0] == 1
+
+
 @pytest.mark.parametrize("white", [True, 1, 255])
 def test_masks_that_are_rows_of_pixels(tmp_path, white):
     """As a table or JSON holds arrays; of other numbers they are polygons."""
@@ -336,6 +344,8 @@ def test_two_images_do_not_share_a_mask_by_their_names(tmp_path):
         load(folder)
     shutil.copy(folder / "masks/0.png", folder / "masks/0.jpg.png")
     assert len(load(folder)) == 3
+    (folder / "prompts.csv").write_text("image,prompt\n0.png,the ball\n./images/0.png,the disc\n")
+    assert len(load(folder)) == 2
 
 
 def test_test_masks_may_lie_beside_what_is_for_training(tmp_path):
@@ -346,7 +356,10 @@ def test_test_masks_may_lie_beside_what_is_for_training(tmp_path):
 
 
 def test_a_list_goes_before_a_folder_of_the_same_name(tmp_path):
-    """`train/` may hold just the images."""
+    """`train/` may hold just the images; if it has a list of its own, that counts."""
     own_masks.as_jsonl(tmp_path)
     (tmp_path / "train").mkdir()
     assert len(load(tmp_path, "train")) == 6
+    own_masks.as_metadata_folder(tmp_path / "other" / "train")
+    (tmp_path / "other/train.json").write_text("{}")
+    assert len(load(tmp_path / "other", "train")) == 2
