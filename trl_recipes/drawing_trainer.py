@@ -43,8 +43,8 @@ class DrawingTrainer(DrawingEvaluation):
         super().__init__(*args, **kwargs)
         self._usual_labels: torch.Tensor | None = None  # of text, and of pictures: mean number in a batch of this step
         self._logged: dict[str, torch.Tensor] = {}  # parts of the loss, summed up since they were logged
-        self._batches_of_step = 1
         self._steps = 0  # since then
+        self._batches_of_step = 1
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
