@@ -347,9 +347,12 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
 
     def _image_texts(self, image_rows: list[list], images_kwargs: dict) -> tuple[dict, list[str]]:
         flat = [image for row in image_rows for image in row]
-        if not flat or len({id(image) for image in flat}) == len(flat):
-            return self._process_images(flat, **images_kwargs) if flat else ({}, [])
-        different = {id(image): image for image in flat}  # large images take long, and much memory
+        if not flat:
+            return {}, []
+        different = {id(image): image for image in flat}
+        if len(different) == len(flat):
+            return self._process_images(flat, **images_kwargs)
+        # each once: large images take long, and much memory
         done = {key: self._process_images([image], **images_kwargs) for key, image in different.items()}
         parts = [done[id(image)] for image in flat]
         inputs = {name: _joined([one[name] for one, _ in parts]) for name in parts[0][0]}

@@ -182,9 +182,9 @@ def evaluates(training: TrainingArguments) -> bool:
 
 
 def load_data(
-    recipe: MaskDataArguments, seed: int, progress: bool = True, evaluates: bool = True
+    recipe: MaskDataArguments, seed: int, progress: bool = True, with_validation: bool = True
 ) -> tuple[Dataset, Dataset]:
-    """Training and validation rows; see `load_mask_data`. Where nothing is evaluated, all are for training.
+    """Training and validation rows; see `load_mask_data`. Without validation, all are for training.
 
     Raises:
         ValueError: data that cannot be read, or a sample that cannot be used.
@@ -200,7 +200,7 @@ def load_data(
         return load_mask_data(data, split, options, skip, progress)
 
     train = load(recipe.data, "train")
-    if not evaluates:
+    if not with_validation:
         return train, train.select([])
     if recipe.eval_data is not None:
         named = has_split(recipe.eval_data, "validation")

@@ -1,6 +1,5 @@
 """Where a run that was killed goes on, and that one which is finished does not."""
 
-import dataclasses
 import json
 import math
 import zipfile
@@ -10,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .settings_files import write_whole
 from .training_options import refuse
 
 TORCH_FILES = (".pt", ".pth", ".bin")
-OPTIMIZER = ("optimizer", "global_step", "pytorch_model_fsdp")  # of Trainer, FSDP or DeepSpeed: files or folders
+OPTIMIZER = ("optimizer", "global_step")  # files or folders of Trainer and FSDP, and of DeepSpeed
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -92,9 +90,9 @@ def find_best(state: TrainerState, checkpoint: Path, output: Path) -> None:
     best = output / Path(state.best_model_checkpoint).name
     if best.is_dir() and str(best) != state.best_model_checkpoint:
         state.best_model_checkpoint = str(best)
-        write_whole(
-            checkpoint / TRAINER_STATE_NAME, json.dumps(dataclasses.asdict(state), indent=2, sort_keys=True) + "\n"
-        )
+        part = checkpoint / f"{TRAINER_STATE_NAME}.part"
+        state.save_to_json(str(part))
+        part.replace(checkpoint / TRAINER_STATE_NAME)  # whole or not at all
 
 
 def train_or_go_on(trainer: Trainer) -> None:

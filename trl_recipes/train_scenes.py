@@ -42,7 +42,13 @@ from .resume import train_or_go_on, where_to_go_on
 from .scene_samples import PictureEncoder, SceneCollator, SceneSamples, unpack
 from .scenes import FlatExpressions, SceneBank, SceneConfig, SceneDataset, flat_expressions
 from .tiny_model import adopt_visual_tokenizer, build_model, build_processor, look_closer
-from .training_options import check_minutes, check_numbers, refuse_ignored, refuse_many_processes
+from .training_options import (
+    check_minutes,
+    check_numbers,
+    options_that_differ,
+    refuse_ignored,
+    refuse_many_processes,
+)
 from .unfamiliar import make_unfamiliar
 from .word_regions import WordList, WordRegions, token_side
 
@@ -317,9 +323,8 @@ def refuse_other_sizes(
         "feature_strides": vision.feature_strides,
     }
     usual = SceneArguments(bank=recipe.bank, visual_tokenizer=recipe.visual_tokenizer)
-    for name, value in own.items():
-        if getattr(recipe, name) not in (value, getattr(usual, name)):
-            raise ValueError(f"--{name} would change nothing: the model of --start_from has {value}; leave it out")
+    for name, _, value in options_that_differ(recipe, usual, own):
+        raise ValueError(f"--{name} would change nothing: the model of --start_from has {value}; leave it out")
 
 
 def prepare(recipe: SceneArguments, training: TrainingArguments) -> SceneTrainer:

@@ -17,8 +17,8 @@ What it watches beside reconstruction is *predictability*: a language model spen
 noise. Entropy-constrained quantisation (`rate_weight`) makes codes that are rarely right expensive, so that empty cells
 get the same token nearly always; scale drop-out teaches the decoder to show what the coarse scales alone say.
 
-Masks are kept and cut out on the GPU, if there is one. `--minutes` ends a run in time, whatever the steps take. All
-of `TrainingArguments` can be given but the form of the learning rate: `--lr_scheduler_type` and `--warmup_steps`.
+Masks are kept and cut out on the GPU, if there is one. `--minutes` ends a run in time, whatever the steps take. Of
+`TrainingArguments` what has no use here is refused: the form of the learning rate, epochs, accumulation of batches.
 """
 
 import math
@@ -43,7 +43,14 @@ from .help_format import Help
 from .masks import MaskPictures, compose_masks, find_photos
 from .resume import train_or_go_on, where_to_go_on
 from .searched_tokens import searched_tokens
-from .training_options import check_minutes, check_numbers, refuse, refuse_ignored, refuse_many_processes
+from .training_options import (
+    check_minutes,
+    check_numbers,
+    options_that_differ,
+    refuse,
+    refuse_ignored,
+    refuse_many_processes,
+)
 from .visual_tokenizers import load_visual_tokenizer
 
 LEAST_AREA = 0.002  # of the picture: smaller masks weigh less
@@ -364,13 +371,13 @@ def refuse_other_sizes(recipe: TokenizerArguments, config: VARTokenizerConfig, n
     Raises:
         ValueError: the recipe says something else.
     """
-    usual = TokenizerArguments(recipe.bank)
-    for name in names:
-        asked, own = getattr(recipe, name), getattr(config, name)
-        plain = asked[0] if name == "rate_weight" and len(asked) == 1 else asked
-        if asked != getattr(usual, name) and plain != own:
-            raise ValueError(f"--{name} {asked}: the tokenizer of --start_from has {own}; leave it out")
-        setattr(recipe, name, own)
+    own = {name: getattr(config, name) for name in names}
+    if isinstance(own.get("rate_weight"), float):
+        own["rate_weight"] = [own["rate_weight"]]
+    for name, asked, value in options_that_differ(recipe, TokenizerArguments(recipe.bank), own):
+        raise ValueError(f"--{name} {asked}: the tokenizer of --start_from has {value}; leave it out")
+    for name, value in own.items():
+        setattr(recipe, name, value)
 
 
 def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:

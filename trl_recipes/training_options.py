@@ -1,6 +1,6 @@
 """What the training commands ask of their options before anything is made or trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -48,6 +48,15 @@ def refuse(options: Any, names: Sequence[str], why: str) -> None:
 def refuse_ignored(options: Any, names: Sequence[str], instead: str) -> None:
     """`refuse` for options that a command does not follow, because it has its own way."""
     refuse(options, names, f"would change nothing: {instead}")
+
+
+def options_that_differ(recipe: Any, usual: Any, own: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Options that are given (other than in `usual`, a recipe of defaults), and not as what a run goes on from has them
+    (`own`): name, what is asked for, and what it has."""
+    for name, value in own.items():
+        asked = getattr(recipe, name)
+        if asked not in (value, getattr(usual, name)):
+            yield name, asked, value
 
 
 def check_numbers(recipe: Any, least: dict[str, int], shares: Sequence[str] = ()) -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from .conversation_argenseg import collect_contents, with_image
 from .edges import EdgeGuide
-from .image_inputs import load_image
+from .image_inputs import load_images
 from .segmentation_processing import check_threshold
 
 WIDER = (1.4, 1.7)  # sides of the views, by the longer side of the box around the mask
@@ -227,8 +227,7 @@ def _images_of(
     conversations: Sequence[list[dict[str, Any]]], answers: Sequence[dict[str, Any]]
 ) -> dict[int, Image.Image]:
     """The images of those conversations that have masks to look at, each read once."""
-    read: dict[int, Image.Image] = {}
-    images = {}
+    sources: dict[int, Any] = {}
     for number, (conversation, answer) in enumerate(zip(conversations, answers, strict=True)):
         if not answer["segments"]:
             continue
@@ -238,7 +237,6 @@ def _images_of(
             raise ValueError(
                 f"zooming in needs conversations with one image each, and no masks; got one with {len(found)}{masks}"
             )
-        if id(found[0]) not in read:
-            read[id(found[0])] = load_image(found[0])
-        images[number] = read[id(found[0])]
-    return images
+        sources[number] = found[0]
+    read: list[Any] = load_images(sources.values())
+    return dict(zip(sources, read, strict=True))

@@ -117,10 +117,10 @@ def check_requests(dataset: Dataset, processor: ProcessorMixin, skip_bad_samples
     """
     bad: dict[int, BadSample] = {}
     for number, row in enumerate(dataset.remove_columns("image")):
-        height, width = row["image_size"]
-        asked = conversation_of(processor, row, Image.new("RGB", (width, height)))[:-1]
+        blank = Image.new("RGB", tuple(row["image_size"][::-1]))
         options = {"add_generation_prompt": True, "processor_kwargs": {"search_steps": 0}}
         try:
+            asked = conversation_of(processor, row, blank)[:-1]
             processor.apply_chat_template(asked, tokenize=True, return_dict=True, **options)
         except (ValueError, TypeError) as error:
             bad[number] = BadSample(row["sample"], "", str(error))
