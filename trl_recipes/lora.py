@@ -45,6 +45,7 @@ from .picture_grid import picture_grid, save_picture
 from .resume import train_or_go_on, where_to_go_on
 from .run_settings import run_settings, start_run
 from .settings_files import write_whole
+from .tasks.leakage import leave_out
 from .training_options import refuse_ignored, refuse_several_gpus
 
 RESULTS = ("adapter", "merged")  # of a run
@@ -187,7 +188,7 @@ def load_data(
     """Training and validation rows; see `load_mask_data`. Without validation, all are for training.
 
     Raises:
-        ValueError: data that cannot be read, or a sample that cannot be used.
+        ValueError: data that cannot be read, a sample that cannot be used, or images that cannot be left out.
     """
     options, skip = recipe.reader_options(), recipe.skip_bad_samples
     if recipe.eval_samples < 1:
@@ -200,6 +201,8 @@ def load_data(
         return load_mask_data(data, split, options, skip, progress)
 
     train = load(recipe.data, "train")
+    if recipe.leave_out is not None:
+        train = leave_out(train, Path(recipe.leave_out), progress)
     if not with_validation:
         return train, train.select([])
     if recipe.eval_data is not None:

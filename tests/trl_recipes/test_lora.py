@@ -25,6 +25,7 @@ from trl_recipes.adapters import add_adapters, lora_config
 from trl_recipes.export import set_picture_options
 from trl_recipes.mask_data import MaskCollator, load_mask_data, tokenise_masks
 from trl_recipes.metrics import SegmentationMetrics
+from trl_recipes.tasks.leakage import write_exclusions
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 20
@@ -281,6 +282,26 @@ def test_without_validation_data_images_are_set_aside(data):
     assert len(train) == len(validation) == 3 and not set(train["image_id"]) & set(validation["image_id"])
     recipe = lora.LoraArguments(model="model", data=str(data), eval_data=str(data), eval_samples=4)
     assert len(lora.load_data(recipe, seed=0, progress=False)[1]) == 4
+
+
+def test_held_out_images_of_coco_are_left_out(tmp_path, capsys):
+    path = own_masks.as_jsonl(tmp_path / "own")
+    held_out = tmp_path / "held_out.txt"
+    recipe = lora.LoraArguments(model="model", data=str(path), leave_out=str(held_out))
+    with pytest.raises(ValueError, match=r"there is no file .*held_out.txt'; `trl_recipes.tasks leakage` writes one"):
+        lora.load_data(recipe, seed=0, with_validation=False)
+    write_exclusions(held_out, {581857}, ["refcoco/val"])
+    with pytest.raises(ValueError, match="no image has a file name of COCO"):
+        lora.load_data(recipe, seed=0, with_validation=False)
+    for number, name in enumerate(("COCO_train2014_000000581857", "COCO_train2014_000000000009")):
+        (path.parent / f"images/{number}.png").rename(path.parent / f"images/{name}.png")
+        path.write_text(path.read_text().replace(f"images/{number}.png", f"images/{name}.png"))
+    train, _ = lora.load_data(recipe, seed=0, with_validation=False)
+    assert len(train) == 3 and all("000000000009" in name for name in train["image_id"])
+    assert f"left out 3 of 6 samples, whose images are in {held_out}" in capsys.readouterr().out
+    write_exclusions(held_out, {9, 581857}, ["refcoco/val"])
+    with pytest.raises(ValueError, match="names every image of the training data"):
+        lora.load_data(recipe, seed=0, with_validation=False)
 
 
 @pytest.mark.parametrize(

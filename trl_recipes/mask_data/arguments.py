@@ -5,6 +5,8 @@ from typing import Any
 
 from .samples import ReaderOptions
 
+COCO_PROMPTS = ("auto", "categories", "captions")
+
 
 @dataclass
 class MaskDataArguments:
@@ -24,13 +26,19 @@ class MaskDataArguments:
     )
     coco_prompts: str = field(
         default="auto",
-        metadata={"help": "COCO: categories, captions, or auto", "choices": ["auto", "categories", "captions"]},
+        metadata={"help": "COCO: categories, captions, or auto", "choices": list(COCO_PROMPTS)},
     )
     absent_per_image: int = field(
         default=0, metadata={"help": "COCO: requests per image for categories that are not in it, answered in words"}
     )
     skip_bad_samples: bool = field(
         default=False, metadata={"help": "leave out samples that cannot be used and count them; default: stop"}
+    )
+    leave_out: str | None = field(
+        default=None,
+        metadata={
+            "help": "images that training must not see: a list of COCO ids, as `trl_recipes.tasks leakage` writes"
+        },
     )
     search_steps: int | None = field(
         default=None,
@@ -50,7 +58,11 @@ class MaskDataArguments:
             processor.visual_tokenizer.config.search_steps = self.search_steps
 
     def reader_options(self) -> ReaderOptions:
-        """Raises ValueError: `--columns` is not a list of part=name."""
+        """Raises ValueError: `--columns` is not a list of part=name, or one of the others is none of its choices."""
+        if self.coco_prompts not in COCO_PROMPTS:
+            raise ValueError(f"coco_prompts must be one of {', '.join(COCO_PROMPTS)}, not {self.coco_prompts!r}")
+        if not isinstance(self.absent_per_image, int) or self.absent_per_image < 0:
+            raise ValueError(f"absent_per_image must be a whole number from 0, not {self.absent_per_image!r}")
         pairs = [text.partition("=") for text in self.columns]
         columns = {part: name for part, _, name in pairs}
         if not all(columns.values()) or not columns.keys() <= {"image", "prompt", "mask"}:

@@ -112,7 +112,9 @@ def _leakage(args: argparse.Namespace) -> None:
     for path, found in leaks.items():
         print(f"{path}: {len(found)} of them" + (f", such as {sorted(found)[:3]}" if found else ""))
     if any(leaks.values()):
-        raise ValueError("training data names images of validation or test splits; leave them out")
+        raise ValueError(
+            f"training data names images of validation or test splits: train with --leave_out {args.output}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -7,9 +7,13 @@ that was trained on all of train2014 (or train2017, whose ids are the same) has 
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import refcoco
 from .task import MissingData, load_task, open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 TASKS = ("refcoco", "refcoco_plus", "refcocog", "refcoco_google", "refcocog_google", "grefcoco")
 FILE_NAME = re.compile(r"(?<!\d)(\d{12})(?=(?:_\d+)?\.(?:jpg|jpeg|png))", re.IGNORECASE)
@@ -69,6 +73,28 @@ def read_exclusions(path: Path) -> set[int]:
             raise ValueError(f"{path}:{number}: {line!r} is no id of a COCO image")
         images.add(int(line))
     return images
+
+
+def leave_out(rows: "Dataset", path: Path, progress: bool = True) -> "Dataset":
+    """Rows of `load_mask_data` whose images are not in a list that `write_exclusions` wrote; prints how many are not.
+
+    Raises:
+        ValueError: the list cannot be read, no row's image has the file name of one of COCO, or no row is left.
+    """
+    if not path.is_file():
+        raise ValueError(f"--leave_out: there is no file {str(path)!r}; `trl_recipes.tasks leakage` writes one")
+    held_out = read_exclusions(path)
+    names = [FILE_NAME.search(Path(name).name) for name in rows["image_id"]]
+    if not any(names):
+        raise ValueError(
+            "--leave_out: no image has a file name of COCO (twelve digits and .jpg), so none can be told from the list"
+        )
+    kept = [place for place, name in enumerate(names) if name is None or int(name[1]) not in held_out]
+    if not kept:
+        raise ValueError(f"--leave_out: {path} names every image of the training data")
+    if progress:
+        print(f"left out {len(rows) - len(kept)} of {len(rows)} samples, whose images are in {path}")
+    return rows.select(kept)
 
 
 def find_leaks(training_file: Path, held_out: set[int]) -> set[int]:

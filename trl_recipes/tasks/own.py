@@ -127,13 +127,15 @@ def _items(path: Path) -> list[dict[str, Any]]:
 
 
 def read_masks(source: Source) -> Samples:
-    """Every row of one's own masks, as training reads them.
+    """Every row of one's own masks, as training reads them, with its options.
 
     Raises:
-        ValueError: there are several files to choose from, or only those of another split; a row is a conversation.
+        ValueError: there are several files to choose from, or only those of another split; an option that cannot be; a
+            row is a conversation.
         BadSample: a row cannot be used (a `ValueError`).
     """
-    from ..mask_data import ReaderOptions, load_mask_data, target_masks  # `datasets`, which no other task needs
+    from ..mask_data import load_mask_data, target_masks  # `datasets`, which no other task needs
+    from ..mask_data.arguments import MaskDataArguments
     from ..mask_data.loading import SPLIT_NAMES
     from ..mask_data.mask_values import union_of
 
@@ -145,8 +147,10 @@ def read_masks(source: Source) -> Samples:
             raise ValueError(
                 f"{source.root} holds {names}, but no {source.split}.jsonl or .json: give the --split, or call it so"
             )
-    image_root = None if source.images == source.root else source.images
-    rows = load_mask_data(data, split, ReaderOptions(image_root))
+    given = dict(source.options, columns=str(source.options["columns"] or "").split())
+    if source.images != source.root:
+        given["image_root"] = str(source.images)
+    rows = load_mask_data(data, split, MaskDataArguments(data=str(data), **given).reader_options())
     samples = []
     for number, row in enumerate(rows.remove_columns("image")):
         if row["conversation"]:

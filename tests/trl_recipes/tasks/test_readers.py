@@ -6,6 +6,7 @@ import numpy as np
 import own_masks
 import pytest
 import tiny_tasks
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from processing.mask_inputs import load_mask
@@ -209,6 +210,45 @@ def test_ones_own_masks_in_other_formats(tmp_path, split):
         path = own_masks.as_coco(tmp_path / "mine")
         samples = read("masks", path.rename(path.with_name("test.json")).parent)
     assert all(load_mask(sample.load_mask()).any() for sample in samples)
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "parquet", "parquet split"])
+def test_ones_own_masks_in_tables(tmp_path, kind):
+    table = Dataset.from_list(
+        [{"photo": own_masks.photograph(0), "mask": Image.fromarray(mask)} for mask in own_masks.masks().values()]
+    )
+    folder = tmp_path / "mine"
+    if kind == "saved":
+        table.save_to_disk(folder)
+    elif kind == "saved splits":
+        DatasetDict(train=table.select([0]), test=table).save_to_disk(folder)
+    else:
+        path = folder / ("test" if kind == "parquet split" else "") / "0001.parquet"
+        path.parent.mkdir(parents=True)
+        table.to_parquet(path)
+    with pytest.raises(ValueError, match="no column 'image' among .*; name it by --columns"):
+        read("masks", folder, options={"prompt": "the thing"})
+    samples = read("masks", folder, options={"prompt": "the thing", "columns": "image=photo"})
+    assert [sample.text for sample in samples] == ["the thing"] * 2
+    assert np.array_equal(samples[1].load_mask(), own_masks.masks()["disc"])
+    assert samples[0].load_image().tobytes() == own_masks.photograph(0).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"columns": "photo"}, "--columns takes image=NAME"),
+        ({"coco_prompts": "names"}, "coco_prompts must be one of auto, categories, captions, not 'names'"),
+        ({"absent_per_image": -1}, "absent_per_image must be a whole number from 0, not -1"),
+        ({"colums": "image=photo"}, "masks has no option 'colums'; it has: prompt, columns,"),
+    ],
+)
+def test_options_of_ones_own_masks_that_cannot_be(tmp_path, options, message):
+    path = own_masks.as_coco(tmp_path / "mine")
+    folder = path.rename(path.with_name("test.json")).parent
+    with pytest.raises(ValueError, match=message):
+        read("masks", folder, options=options)
+    assert len(read("masks", folder, options={"absent_per_image": 1})) == len(read("masks", folder)) + 1
 
 
 def test_ones_own_masks_by_splits(tmp_path):
