@@ -61,7 +61,6 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
             twice: the second pass codes what the first left over.
         num_phi: how many `phi` convolutions the scales share.
         phi_ratio: share of the convolution in `phi(x) = (1 - r) x + r conv(x)`.
-        commitment_weight: weight of the commitment term of the VQ loss.
         rate_weight: entropy-constrained quantisation (Chou, Lookabaugh & Gray 1989): a code is chosen by squared
             distance + `rate_weight` * (-log of its frequency at that scale), which makes the tokens predictable.
             One number, or one for each scale. 0 is nearest neighbour, as released.
@@ -89,7 +88,6 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
     patch_nums: list[int] | tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     num_phi: int = 4
     phi_ratio: float = 0.5
-    commitment_weight: float = 0.25
     rate_weight: float | list[float] = 0.0
     search_steps: int = 0
     initializer_range: float = 0.02

@@ -73,10 +73,9 @@ class MultiScaleQuantizer(nn.Module):
     def nearest(self, rest_NC: torch.Tensor, scale: int) -> torch.Tensor:
         """Codebook indices (N,) of residual vectors (N, D): least squared distance plus the rate term, if any."""
         codebook = self.embedding.weight
-        distance_NV = rest_NC.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * rest_NC @ codebook.T
-        if self.rate_weights[scale] > 0:
-            distance_NV = distance_NV - self.rate_weights[scale] * self.log_frequency(scale)
-        return distance_NV.argmin(1)
+        price_V = codebook.square().sum(1) - self.rate_weights[scale] * self.log_frequency(scale)
+        # without the length of the vectors, which is the same for all codes
+        return torch.addmm(price_V, rest_NC, codebook.T, alpha=-2).argmin(1)
 
     def log_frequency(self, scale: int) -> torch.Tensor:
         """Log of how often each code was chosen at a scale (V,); all the same where usage was not recorded."""
@@ -161,13 +160,6 @@ class MultiScaleQuantizer(nn.Module):
                 rest = rest - self.contribution(ids_Bl, scale)
                 ids.append(ids_Bl)
             return torch.cat(ids, dim=1)
-
-    @torch.no_grad()
-    def record_usage(self, ids_BT: torch.Tensor, decay: float = 0.99) -> None:
-        """Moves the frequency of each code at each scale towards that of a batch."""
-        for scale, ids_Bl in enumerate(self.split(ids_BT)):
-            hits = torch.bincount(ids_Bl.flatten(), minlength=self.embedding.num_embeddings).float()
-            self.ema_vocab_hit_SV[scale].lerp_(hits / ids_Bl.numel(), 1 - decay)
 
 
 __all__ = ["MultiScaleQuantizer", "Phi", "SharedPhi"]

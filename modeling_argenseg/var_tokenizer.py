@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -24,16 +23,15 @@ from .var_quantizer import MultiScaleQuantizer, Phi
 
 @dataclass
 class VARTokenizerOutput(ModelOutput):
-    """`loss` for training, the reconstruction (B, 3, H, W) in [-1, 1] and the visual tokens (B, T)."""
+    """The reconstruction (B, 3, H, W) in [-1, 1] and the visual tokens (B, T)."""
 
-    loss: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     visual_ids: torch.Tensor | None = None
-    vq_loss: torch.Tensor | None = None
 
 
 class VARTokenizer(LoadsReleased, PreTrainedModel):
-    """Multi-scale VQ-VAE of VAR. `encode` and `decode` are what the processor calls; `forward` trains it."""
+    """Multi-scale VQ-VAE of VAR. `encode` and `decode` are what the processor calls; `forward` is both. Its recipe,
+    `trl_recipes.train_visual_tokenizer`, brings its own loss."""
 
     config_class = VARTokenizerConfig
     _released_arguments = staticmethod(visual_tokenizer_arguments)
@@ -140,49 +138,11 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         """Visual tokens (B, T) to the teacher-forcing features of scales 2..K (B, T - 1, D)."""
         return self.quantize.next_scale_inputs(visual_ids)
 
-    def quantize_straight_through(
-        self, f_BDhw: torch.Tensor, num_scales: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The quantised latent with the gradient of the latent itself, the VQ loss, and the visual tokens."""
-        visual_ids = self.quantize.encode(f_BDhw)
-        if self.training and self.quantize.embedding.weight.requires_grad:  # usage decides codes: frozen with them
-            self.quantize.record_usage(visual_ids)
-        f_hats = list(self.quantize.accumulate(visual_ids))
-        codebook_loss = torch.stack([F.mse_loss(f, f_BDhw.detach()) for f in f_hats]).mean()
-        commitment = F.mse_loss(f_hats[-1].detach(), f_BDhw)
-        vq_loss = codebook_loss + self.config.commitment_weight * commitment
-        if num_scales is not None:  # what the decoder must make of a coarse f_hat says nothing about the latent
-            return f_hats[num_scales - 1].detach(), vq_loss, visual_ids
-        return f_BDhw + (f_hats[-1] - f_BDhw).detach(), vq_loss, visual_ids
-
-    def forward(
-        self, pixel_values: torch.Tensor, num_scales: int | None = None, masks: bool = False, **kwargs
-    ) -> VARTokenizerOutput:
-        """Reconstruction and training loss.
-
-        Args:
-            pixel_values: pictures (B, 3, H, W) in [-1, 1].
-            num_scales: reconstruct from the first `num_scales` scales only, so that coarse scales learn to say what
-                they can (quantiser drop-out); 0 leaves the quantiser out (a plain autoencoder, to begin with); None
-                for all scales.
-            masks: the pictures are black and white: twice the cross-entropy of "white", with 4 x as logit of x in
-                [-1, 1], instead of L1 + L2.
-
-        The VQ loss is VAR's, but that the latent commits to the last f_hat alone: committing to the coarse ones, as
-        VAR does, would wash out detail in a small model.
-        """
-        f_BDhw = self.latent(pixel_values).float()
-        visual_ids, vq_loss = None, f_BDhw.new_zeros(())
-        if num_scales != 0:
-            f_BDhw, vq_loss, visual_ids = self.quantize_straight_through(f_BDhw, num_scales)
-        picture = self.decode_latent(f_BDhw).float()
-        if masks:
-            loss = 2 * F.binary_cross_entropy_with_logits(4 * picture, (pixel_values + 1) / 2)
-        else:
-            loss = F.l1_loss(picture, pixel_values) + F.mse_loss(picture, pixel_values)
-        return VARTokenizerOutput(
-            loss=loss + vq_loss, reconstruction=picture.clamp(-1, 1), visual_ids=visual_ids, vq_loss=vq_loss
-        )
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> VARTokenizerOutput:
+        """Pictures (B, 3, H, W) in [-1, 1] to visual tokens, and to what is left of the pictures."""
+        visual_ids = self.encode(pixel_values)
+        return VARTokenizerOutput(reconstruction=self.decode(visual_ids), visual_ids=visual_ids)
 
 
 __all__ = ["MultiScaleQuantizer", "VARTokenizer"]

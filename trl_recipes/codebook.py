@@ -29,13 +29,6 @@ class Coded:
     places: torch.Tensor
 
 
-def nearest(quantizer: MultiScaleQuantizer, vectors_ND: torch.Tensor, scale: int) -> torch.Tensor:
-    """What `quantizer.nearest` finds, without the length of the vectors (the same for all codes): half the memory."""
-    codebook = quantizer.embedding.weight
-    price_V = codebook.square().sum(1) - quantizer.rate_weights[scale] * quantizer.log_frequency(scale)
-    return torch.addmm(price_V, vectors_ND, codebook.T, alpha=-2).argmin(1)
-
-
 @torch.no_grad()
 def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, places: bool = True) -> Coded:
     """Codes a latent, and counts; without `places` nothing waits for the GPU."""
@@ -45,7 +38,7 @@ def assign(quantizer: MultiScaleQuantizer, f_BDhw: torch.Tensor, places: bool = 
     share = -(-len(codebook) // len(quantizer.patch_nums))
 
     def choose(vectors: torch.Tensor, scale: int) -> torch.Tensor:
-        ids = nearest(quantizer, vectors, scale)
+        ids = quantizer.nearest(vectors, scale)
         hits[scale].index_add_(0, ids, hits.new_ones(len(ids)))
         sums.index_add_(0, ids, vectors)
         if places:

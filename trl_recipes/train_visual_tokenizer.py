@@ -392,7 +392,6 @@ def new_config(recipe: TokenizerArguments) -> VARTokenizerConfig:
         vocab_size=recipe.vocab_size,
         patch_nums=recipe.patch_nums,
         rate_weight=recipe.rate_weight if len(recipe.rate_weight) > 1 else recipe.rate_weight[0],
-        commitment_weight=recipe.commitment_weight,
     )
 
 
