@@ -148,9 +148,9 @@ def answer_log_probs(
     visual = model.visual_logits(hidden[is_visual]).float()
     adjustment = picture_logit_adjustment(model)
     if adjustment:
-        visual = (
-            visual - adjustment * _log_frequencies(model)[_number_in_picture(model, input_ids)[:, -length:][is_visual]]
-        )
+        frequencies = [model.model.quantizer.log_frequency(scale) for scale in range(len(config.patch_nums))]
+        scales = model.scale_of_tokens(input_ids)[:, -length:][is_visual]
+        visual = visual - adjustment * torch.stack(frequencies)[scales]
     logps, entropies = (hidden.new_zeros(ids.shape, dtype=torch.float32) for _ in range(2))
     for where, logits, targets in (
         (~is_visual, text, ids[~is_visual]),
@@ -165,21 +165,6 @@ def answer_log_probs(
 
 def picture_logit_adjustment(model: Any) -> float:
     return generate_option(model, {}, "picture_logit_adjustment") or 0.0
-
-
-def _log_frequencies(model: Any) -> torch.Tensor:
-    """(T, V): of each code at the scale of each token of a picture."""
-    scales = enumerate(model.config.patch_nums)
-    return torch.cat([model.model.quantizer.log_frequency(scale).expand(side**2, -1) for scale, side in scales])
-
-
-def _number_in_picture(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Which token of its picture each of a stream (B, L) is, from 0; 0 outside of pictures."""
-    rows, columns = model.model.find_pictures(input_ids)
-    order = torch.arange(model.config.picture_length, device=input_ids.device)
-    numbers = torch.zeros_like(input_ids)
-    numbers[rows[:, None], columns[:, None] + 1 + order] = order
-    return numbers
 
 
 def mask_reward(processor: Any) -> Callable[..., list[float]]:
