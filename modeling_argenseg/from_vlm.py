@@ -73,7 +73,7 @@ class FromVLMMixin:
 
         The ids `<gen_start>`, `<gen_end>` and the codebook follow `first_new_token_id` in this order. New rows of
         the embedding and the head start as the mean of the old ones, projector and embeddings of the queries at
-        zero (as released).
+        zero (as released). Attention, frozen parameters and training mode are those of the model that was given.
 
         Args:
             vlm: path or Hub name of an image-text-to-text model, its configuration (random weights), or the model.
@@ -107,7 +107,10 @@ class FromVLMMixin:
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
         model._take_over(base, head, visual_tokenizer, first)
-        return model
+        model.set_attn_implementation(base.config._attn_implementation)
+        for name, parameter in base.named_parameters():
+            model.model.vlm.get_parameter(name).requires_grad_(parameter.requires_grad)
+        return model.train(base.training)
 
     @torch.no_grad()
     def _take_over(

@@ -44,6 +44,7 @@ PICTURE_DEFAULTS: dict[str, Any] = {
     "picture_stop_at_scale": None,
 }
 PREFILL = ("auto", "always", "never")
+COUNT_COLUMNS = ("exponential_decay_length_penalty", "forced_eos_token_id")  # of transformers, by the stream's length
 
 
 @dataclass
@@ -88,7 +89,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             ways of choosing text go token by token). `"always"` takes the words as said: every row draws. `"never"`
             writes token by token.
         picture_stop_at_scale (`int`): a preview. The answer ends after this many scales of its first picture.
-    `max_new_tokens` counts text; the tokens of pictures do not use it up. `cache_implementation="static"` works.
+    `max_new_tokens` and `min_new_tokens` count text; the tokens of pictures do not use them up.
+    `cache_implementation="static"` works.
     """
 
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
@@ -153,8 +155,11 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, default in PICTURE_DEFAULTS.items():
             setattr(generation_config, name, given.get(name, getattr(generation_config, name, default)))
-        if isinstance(generation_config.picture_answer_ids, torch.Tensor):
-            generation_config.picture_answer_ids = generation_config.picture_answer_ids.flatten().tolist()
+        if generation_config.picture_answer_ids is not None:
+            ids = torch.as_tensor(generation_config.picture_answer_ids, device="cpu")
+            generation_config.picture_answer_ids = ids.flatten().tolist()
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("generate takes no inputs_embeds; pass input_ids: pictures are found by their ids")
         if model_kwargs.get("encoded_image") is not None:
             model_kwargs["encoded_image"].check_images(model_kwargs.pop("pixel_values", None))
         return generation_config, model_kwargs
@@ -186,7 +191,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         picture_prefix: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        # all four have been used up by now; named here so that `generate` lets them pass
+        # `_sample` takes the four out before any step; named here so that `generate` accepts them
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         mask, cache, ids = kwargs.get("attention_mask"), inputs.get(CACHE), inputs.get("input_ids")
         if ids is not None and cache is not None and cache.is_compileable and self.config.scale_attention == "block":
@@ -239,6 +244,12 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         logits = logits[: rows.running.shape[0]]
         # masked before the processors, so that top-k and top-p choose among text
         scores = processors(rows.streams, self._text_scores(logits))
+        eos, length = generation_config._eos_token_tensor, rows.prompt_length - rows.padding
+        if eos is not None and generation_config.min_length > length:
+            # what transformers' own processor counts are columns: text, pictures, and those that a row waited through
+            written = generation_config.max_length - length - rows.budget
+            is_short = written < generation_config.min_length - length
+            scores[:, eos] = scores[:, eos].masked_fill(is_short[:, None], -torch.inf)
         if generation_config.return_dict_in_generate and generation_config.output_scores:
             rows.scores.append(scores)
         if generation_config.return_dict_in_generate and generation_config.output_logits:
@@ -272,6 +283,8 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             "use_cache": True,
         }
         inputs = self.prepare_inputs_for_generation(rows.ids, next_sequence_length=1, **rows.model_kwargs)
+        # a step of text holds no picture to be found, which a GPU would be waited for and a graph broken by
+        inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))
         logits = forward(**inputs, return_dict=True).logits[:, -1].float()
         rows.first_logits = torch.where(rows.for_all(begins)[:, None], self._visual_slice(logits), rows.first_logits)
         return logits
@@ -319,6 +332,13 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             )
 
     def _check_options(self, generation_config: GenerationConfig, synced_gpus: bool) -> None:
+        counting = [name for name in COUNT_COLUMNS if getattr(generation_config, name, None) is not None]
+        if counting:
+            raise ValueError(f"{' and '.join(counting)} would count the tokens of pictures, too: leave out")
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                "guidance_scale is for text, which is not guided here; for what is drawn give picture_guidance_scale"
+            )
         if generation_config.use_cache is False:
             raise ValueError("drawing needs the key-value cache: leave use_cache=True")
         if synced_gpus:

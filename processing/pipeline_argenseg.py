@@ -230,6 +230,11 @@ class ARGenSegPipeline(Pipeline):
         options = self._prepare_generate_kwargs(options, return_dict_in_generate=True)
         if generate_option(self.model, options, "num_return_sequences") not in (None, 1):
             raise ValueError("the pipeline gives one answer to each prompt; for several samples call model.generate")
+        if generate_option(self.model, options, "picture_guidance_scale"):
+            raise ValueError(
+                "guidance needs unconditional prompts, which the pipeline does not make: call model.generate with "
+                "picture_guidance_scale, negative_input_ids and negative_attention_mask"
+            )
         zoom = "conversations" in requests[0][0]
         if zoom:
             check_zoom_options(self.model, options)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
@@ -50,9 +50,7 @@ def require_float32(folder: Path) -> None:
 
 def set_picture_options(model: Any, **options: Any) -> None:
     """Makes options of `generate` for pictures, such as `picture_logit_adjustment`, defaults that are saved."""
-    settings = model.generation_config.to_dict()
-    settings["_from_model_config"] = False  # or transformers would not read entries of ours back
-    model.generation_config = GenerationConfig(**(settings | options))
+    model.generation_config.update(allow_custom_entries=True, **options)
 
 
 def export(

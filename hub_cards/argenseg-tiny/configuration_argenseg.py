@@ -38,9 +38,11 @@ class RemoteCodeMixin:
         published = copy.copy(self)
         # no `_auto_class`: transformers would take any class with "Tokenizer" in its name for a text tokenizer
         published.__dict__.update(copy.deepcopy(self.remote_code), _auto_class=None)
-        super(RemoteCodeMixin, published).save_pretrained(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+        super(RemoteCodeMixin, published).save_pretrained(save_directory, **({} if push_to_hub else kwargs))  # type: ignore[misc]
         for file in {__file__, *get_relative_import_files(__file__)}:
             shutil.copyfile(file, Path(save_directory, Path(file).name))
+        if push_to_hub:  # all of it
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)  # type: ignore[attr-defined]
 
 
 class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
@@ -209,6 +211,30 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
         scales = len(self.visual_tokenizer_config.patch_nums)
         if self.num_scales is not None and self.num_scales not in range(1, scales + 1):
             raise ValueError(f"num_scales must be from 1 to {scales}, or None for all; got {self.num_scales!r}")
+
+    def check_ids(self) -> None:
+        """Asked by the model alone: a configuration may be made before its ids are known.
+
+        Raises:
+            ValueError: an id of the picture vocabulary is missing, or does not fit the others and the vocabulary.
+        """
+        size, codes = self.text_config.vocab_size, self.visual_vocab_size
+        ids: dict[str, Any] = {
+            name: getattr(self, name) for name in ("gen_start_token_id", "gen_end_token_id", "visual_token_offset")
+        }
+        for name, value in ids.items():
+            if value is None:
+                raise ValueError(f"{name} is not set: a model needs the ids {', '.join(ids)}")
+        offset = ids.pop("visual_token_offset")
+        if not 0 <= offset <= size - codes:
+            raise ValueError(f"visual_token_offset {offset} and {codes} codes do not fit a vocabulary of {size}")
+        for name, value in ids.items():
+            if not 0 <= value < size:
+                raise ValueError(f"{name} {value} is no id of a vocabulary of {size}")
+            if 0 <= value - offset < codes:
+                raise ValueError(f"{name} {value} is an id of the codebook, which begins at {offset}")
+        if len(set(ids.values())) == 1:
+            raise ValueError(f"gen_start_token_id and gen_end_token_id are both {self.gen_start_token_id}")
 
     @property
     def text_config(self) -> PreTrainedConfig:

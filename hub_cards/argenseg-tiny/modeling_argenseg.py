@@ -79,7 +79,9 @@ class ARGenSegPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> None:
         """As usual, but under the names of these classes: transformers would write those of older ones where the
         vision-language model has had other names before, and `Trainer` silently resumes without weights it does not
-        know."""
+        know. Options of pictures in the generation configuration are read back."""
+        if self.can_generate():  # of one that was made from a model's, transformers reads back only what it knows
+            self.generation_config._from_model_config = False
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @torch.no_grad()
@@ -100,6 +102,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
     def __init__(self, config: ARGenSegConfig) -> None:
         super().__init__(config)
         config.check()
+        config.check_ids()
         width = config.text_config.hidden_size
         pictures = config.visual_tokenizer_config
         self.vlm = AutoModel.from_config(config.vlm_config)
@@ -121,6 +124,9 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
     @property
     def language_model(self) -> nn.Module:
         return self.vlm.language_model
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return super().get_encoder() if modality is None else self.vlm.get_encoder(modality)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vlm.get_input_embeddings()
@@ -167,7 +173,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
     def embed_queries(self, features: torch.Tensor, first_scale: int, last_scale: int) -> torch.Tensor:
         """Query embeddings of the scales first..last (0-based) from their features (N, tokens of these scales, D)."""
         sizes, device = [side * side for side in self.config.patch_nums], features.device
-        # made where they are used, by numbers known here: a GPU need not be waited for
+        # built on the device from Python numbers, so that nothing waits for the GPU
         scales = [torch.full((sizes[k],), k, device=device) for k in range(first_scale, last_scale + 1)]
         start = sum(sizes[:first_scale])
         positions = torch.arange(start, start + features.shape[1], device=device)
@@ -257,7 +263,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
             inputs_embeds,
             attention_mask,
             cache,
-            # tell packed streams apart; those of an image grid, which are three for each token, would mislead
+            # they mark where packed streams begin; the 3-D positions of an image grid would be misread
             position_ids=None if self.config.image_grid else position_ids,
             block_sequence_ids=blocks,
         )
@@ -277,6 +283,9 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> ARGenSegModelOutputWithPast:
         """Hidden states of a stream (B, L), text and pictures alike.
+
+        Pictures are found by their ids: with `inputs_embeds`, or with a 4-D `attention_mask`, attention is as the mask
+        says, causal by default, also where `scale_attention` is `"block"`.
 
         Raises:
             ValueError: a picture in the stream is not whole, or placeholders and images do not match.
@@ -395,13 +404,17 @@ class ARGenSegForConditionalGeneration(
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        masked = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2
         logits = loss = text_loss = visual_loss = None
         if targets is None and labels is not None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if targets is None:
             logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
         else:
-            masked = isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2
+            if not masked and (isinstance(logits_to_keep, torch.Tensor) or logits_to_keep):
+                raise ValueError(
+                    "with labels, logits_to_keep is a bool mask (B, L) of the positions to keep, or 0 for all"
+                )
             keep = logits_to_keep if masked else torch.ones_like(targets, dtype=torch.bool)
             if self.training if skip_logits is None else skip_logits:
                 keep = keep & (targets != -100)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .code_search import CodeSearch
 from .configuration_argenseg import VARTokenizerConfig
@@ -37,11 +37,10 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
     _released_arguments = staticmethod(visual_tokenizer_arguments)
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     # what `decode` and `decode_scales` run in; None: as loaded. torch.bfloat16 is several times as fast on processors
-    # and GPUs that multiply it in hardware, and moves a mask by pixels on its edge at most. Tokens are not concerned.
+    # and GPUs that multiply it in hardware, and moves a mask by pixels on its edge at most. Nearest codes do not depend
+    # on it; those that `search` tries out, by decoding them, may. It is not saved.
     decode_dtype: torch.dtype | None = None
 
     def __init__(self, config: VARTokenizerConfig) -> None:
@@ -139,6 +138,7 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
         return self.quantize.next_scale_inputs(visual_ids)
 
     @torch.no_grad()
+    @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> VARTokenizerOutput:
         """Pictures (B, 3, H, W) in [-1, 1] to visual tokens, and to what is left of the pictures."""
         visual_ids = self.encode(pixel_values)

@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from modeling_argenseg import ARGenSegModel
+from modeling_argenseg import ARGenSegConfig, ARGenSegForConditionalGeneration, ARGenSegModel, VARTokenizerConfig
 
 ROW = tiny.stream(tiny.IMAGE, tiny.CAT, tiny.GEN_START, tiny.pictures(1), 5, 6)
 
@@ -84,3 +84,55 @@ def test_a_mistyped_option_is_told(change, message, tmp_path):
         tiny.config(**change)
     with pytest.raises(ValueError, match=message):
         type(tiny.model()).from_pretrained(tmp_path, **change)
+
+
+def test_the_parts_that_libraries_ask_for():
+    net = tiny.model()
+    assert net.get_encoder("image") is net.model.get_encoder("image") is net.model.vlm.vision_tower
+    assert net.get_decoder() is net.model.language_model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual_token_offset": tiny.VOCAB - tiny.CODES + 1}, "visual_token_offset 45 and 32 codes do not fit"),
+        ({"visual_token_offset": -1}, "do not fit"),
+        ({"gen_start_token_id": tiny.FIRST_VISUAL + 3}, "gen_start_token_id 45 is an id of the codebook"),
+        ({"gen_end_token_id": tiny.FIRST_VISUAL}, "gen_end_token_id 42 is an id of the codebook"),
+        ({"gen_end_token_id": tiny.GEN_START}, "gen_start_token_id and gen_end_token_id are both 40"),
+        ({"gen_start_token_id": tiny.VOCAB}, "gen_start_token_id 76 is no id of a vocabulary of 76"),
+    ],
+)
+def test_ids_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ARGenSegForConditionalGeneration(tiny.config(**changes))
+
+
+def test_ids_that_are_missing():
+    config = tiny.config(gen_start_token_id=None)
+    with pytest.raises(ValueError, match="gen_start_token_id is not set"):
+        ARGenSegForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("keep", [2, torch.tensor([3, 4])])
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_go_with_all_logits_or_marked_ones(keep, training):
+    net = tiny.model().train(training)
+    with pytest.raises(ValueError, match="with labels, logits_to_keep is a bool mask"):
+        net(ROW, labels=ROW, logits_to_keep=keep)
+
+
+@pytest.mark.parametrize("kind", [ARGenSegConfig, VARTokenizerConfig])
+def test_a_configuration_is_pushed_with_its_code(kind, tmp_path, monkeypatch):
+    seen = {}
+
+    def push_to_hub(self, repo_id, **kwargs):
+        self.save_pretrained(tmp_path / "upload", max_shard_size="1GB")  # what transformers does before the upload
+        seen[repo_id] = kwargs
+
+    monkeypatch.setattr(kind, "push_to_hub", push_to_hub)
+    config = tiny.config() if kind is ARGenSegConfig else tiny.tokenizer_config()
+    config.save_pretrained(tmp_path / "local", push_to_hub=True, private=True)
+    assert seen == {"local": {"private": True}}
+    for folder in ("local", "upload"):
+        assert (tmp_path / folder / "configuration_argenseg.py").is_file()

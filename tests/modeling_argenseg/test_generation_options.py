@@ -20,6 +20,7 @@ from tiny import (
     SIDES,
     SURE,
     TEXTS,
+    WORDS,
     T,
     answers,
     drawn,
@@ -33,7 +34,7 @@ from tiny import (
 from transformers import AutoModelForImageTextToText, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from modeling_argenseg import ARGenSegGenerateOutput
+from modeling_argenseg import ARGenSegForConditionalGeneration, ARGenSegGenerateOutput
 
 SIZES = [side * side for side in SIDES]
 both_attentions = pytest.mark.parametrize("scale_attention", ["causal", "block"])
@@ -88,6 +89,23 @@ class TestText:
         streamer = Collect()
         generate(tiny.model(), left_padded([PROMPTS[1]]), [SURE, GEN_START, DONE], streamer=streamer)
         assert streamer.chunks == [PROMPTS[1][0].tolist(), [SURE], [GEN_START], [DONE], [EOS]] and streamer.ended == 1
+
+    @pytest.mark.parametrize("options", [{"min_new_tokens": 9}, {"min_length": 3 + 9}])
+    def test_the_least_length_is_of_text_in_a_batch_too(self, options):
+        net = tiny.model()
+        net.generation_config.update(eos_token_id=[*WORDS[::2], EOS])  # half of the words end an answer
+        with torch.no_grad():
+            net.lm_head.weight[GEN_START] = 3 * net.lm_head.weight[GEN_START]
+        prompts = left_padded(PROMPTS[1:3])
+        out = net.generate(**prompts, max_new_tokens=30, do_sample=False, **options)
+        drew = 0
+        for row, prompt in enumerate(PROMPTS[1:3]):
+            length = {"min_length": prompt.shape[1] + 9} if "min_length" in options else options
+            alone = net.generate(prompt, max_new_tokens=30, do_sample=False, **length)
+            found = [answers(one, at)[place] for one, at, place in ((out, 3, row), (alone, prompt.shape[1], 0))]
+            assert found[0] == found[1] and len(found[0]) - len(drawn(found[0])) >= 9
+            drew += len(drawn(found[0]))
+        assert drew
 
 
 class TestSampledPictures:
@@ -327,6 +345,9 @@ class TestOutputs:
             ({"picture_prefill": "always"}, "picture_answer_ids"),
             ({"picture_answer_ids": [SURE]}, "once"),
             ({"picture_answer_ids": [GEN_START, DONE, GEN_START]}, "once"),
+            ({"exponential_decay_length_penalty": (2, 1.5)}, "exponential_decay_length_penalty would count"),
+            ({"forced_eos_token_id": EOS}, "forced_eos_token_id would count"),
+            ({"guidance_scale": 1.5}, "guidance_scale is for text.*picture_guidance_scale"),
         ],
     )
     def test_what_is_not_supported_is_said(self, options, message):
@@ -375,12 +396,43 @@ def test_options_as_transformers_writes_them():
     drawing = {"picture_answer_ids": [SURE, GEN_START, DONE, EOS], "picture_prefill": "always", "max_new_tokens": 4}
     expected = net.generate(**prompt, **drawing)
     ids = torch.tensor(drawing["picture_answer_ids"])
-    assert torch.equal(net.generate(**prompt, **drawing | {"picture_answer_ids": ids}), expected)
+    for other in (ids, ids.numpy(), ids[None]):
+        assert torch.equal(net.generate(**prompt, **drawing | {"picture_answer_ids": other}), expected)
     sampled = []
     for options in ({"picture_top_k": 0, "picture_temperature": None}, {}):
         torch.manual_seed(0)
         sampled.append(net.generate(**prompt, **drawing, picture_do_sample=True, **options))
     assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("made_from", ["a configuration", "a VLM", "a folder"])
+def test_options_of_pictures_are_saved_with_the_model(tmp_path, made_from):
+    net = tiny.model()
+    if made_from != "a configuration":
+        net = ARGenSegForConditionalGeneration.from_vlm(tiny.internvl_config(), tiny.visual_tokenizer())
+    if made_from == "a folder":
+        net.save_pretrained(tmp_path / "first")
+        net = AutoModelForImageTextToText.from_pretrained(tmp_path / "first")
+    net.generation_config.picture_guidance_scale, net.generation_config.picture_top_k = 2.0, 5
+    net.save_pretrained(tmp_path / "saved")
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").generation_config
+    assert (config.picture_guidance_scale, config.picture_top_k) == (2.0, 5)
+
+
+def test_words_do_not_look_for_pictures(monkeypatch):
+    """A step of text is one token, and none of a picture: nothing waits for the GPU to know that."""
+    net, asked = tiny.model(), []
+    find = type(net.model).find_pictures
+    monkeypatch.setattr(type(net.model), "find_pictures", lambda self, ids: asked.append(ids.shape) or find(self, ids))
+    generate(net, {"input_ids": PROMPTS[1]}, [SURE, DOG, CAT, GEN_START, DONE])
+    assert asked and all(length > 1 for _, length in asked)
+
+
+def test_embeddings_are_no_prompt():
+    net = tiny.model()
+    embeds = net.get_input_embeddings()(PROMPTS[1])
+    with pytest.raises(ValueError, match="pass input_ids: pictures are found by their ids"):
+        net.generate(inputs_embeds=embeds, max_new_tokens=2)
 
 
 @both_attentions

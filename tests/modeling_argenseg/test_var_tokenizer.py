@@ -166,6 +166,8 @@ def test_a_call_gives_tokens_and_what_they_say():
     out = model(square(2))
     assert torch.equal(out.visual_ids, model.encode(square(2)))
     assert torch.equal(out.reconstruction, model.decode(out.visual_ids)) and not out.reconstruction.requires_grad
+    picture, ids = model(square(2), return_dict=False)
+    assert torch.equal(picture, out.reconstruction) and torch.equal(ids, out.visual_ids)
 
 
 def test_save_and_load(tmp_path):

@@ -255,6 +255,12 @@ def test_mistakes(pipe: Any, photograph: Image.Image) -> None:
         (photograph, {"text": SQUARE, "threshold": 2}, ValueError, "from 0 to 1; got 2"),
         (photograph, {"text": SQUARE, "num_return_sequences": 2, "do_sample": True}, ValueError, "one answer to each"),
         ({"picture": photograph}, {}, ValueError, "needs the key 'image'"),
+        (
+            photograph,
+            {"text": SQUARE, "picture_guidance_scale": 1.5},
+            ValueError,
+            "guidance needs unconditional prompts",
+        ),
     ]
     for inputs, options, error, message in cases:
         with pytest.raises(error, match=message):
