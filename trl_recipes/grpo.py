@@ -239,6 +239,8 @@ def prepare(recipe: SFTMaskArguments, training: GRPOConfig, model_args: ModelCon
         validation=validation,
         shown=recipe.shown_samples,
     )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("this command does not train under FSDP; ZeRO stage 2 and plain processes will do")
     tell_sizes(trainer)
     return trainer
 

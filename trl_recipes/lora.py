@@ -45,6 +45,7 @@ from .picture_grid import picture_grid, save_picture
 from .resume import train_or_go_on, where_to_go_on
 from .run_settings import run_settings, start_run
 from .settings_files import write_whole
+from .sharded import adjust_fsdp, refuse_zero3, save_adapter, whole_adapted
 from .tasks.leakage import leave_out
 from .training_options import refuse_ignored, refuse_several_gpus
 
@@ -117,6 +118,7 @@ class MaskEvaluation(DrawingEvaluation):
     def __init__(self, *args: Any, processor: Any, validation: Dataset, shown: int = 12, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.processor, self.validation, self.shown = processor, validation, shown
+        adjust_fsdp(self, evaluates(self.args))
 
     def evaluate_drawing(self) -> dict[str, float]:
         metrics, grid = evaluate_rows(
@@ -126,6 +128,7 @@ class MaskEvaluation(DrawingEvaluation):
             batch_size=self.args.eval_batch_size,
             shown=self.shown,
             progress=not self.args.disable_tqdm,
+            synced_gpus=False,  # every process answers the same requests, so that sharded weights meet
         )
         if not self.is_world_process_zero():
             return metrics
@@ -266,6 +269,7 @@ def prepare(recipe: LoraArguments, training: LoraTrainingArguments) -> tuple[Mas
     """
     refuse_ignored(training, ("label_smoothing_factor",), "the loss is the model's own")
     refuse_several_gpus(training)
+    refuse_zero3()
     where_to_go_on(training)  # or it says why not
     output = Path(training.output_dir or ".")
     output.mkdir(parents=True, exist_ok=True)
@@ -324,9 +328,8 @@ def lora_settings(recipe: LoraArguments, config: LoraConfig) -> dict[str, Any]:
 def train(trainer: MaskTrainer) -> Path:
     """Trains, goes on where a run was stopped, and writes adapters and the merged model. Returns the merged folder."""
     output = train_and_draw_curve(trainer)
-    if trainer.is_world_process_zero():
-        trainer.model.save_pretrained(output / "adapter")
-    return save_merged(trainer.model, trainer.processor, output / "merged")
+    save_adapter(trainer, output / "adapter")
+    return save_merged(whole_adapted(trainer, output / "adapter"), trainer.processor, output / "merged")
 
 
 def train_and_draw_curve(trainer: MaskEvaluation) -> Path:
@@ -338,7 +341,8 @@ def train_and_draw_curve(trainer: MaskEvaluation) -> Path:
     output = Path(trainer.args.output_dir)
     if where_to_go_on(trainer.args) is None and trainer.args.eval_strategy != "no":
         found = trainer.evaluate()
-        print("before training:", show_metrics(found))
+        if trainer.is_world_process_zero():
+            print("before training:", show_metrics(found))
         with errors_in_a_line():
             check_best(trainer.args, found)
     train_or_go_on(trainer)

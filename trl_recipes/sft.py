@@ -47,6 +47,7 @@ from .mask_data import MaskCollator, check_requests, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
+from .sharded import refuse_zero3, save_whole, whole_adapted
 from .training_options import refuse, refuse_ignored, refuse_several_gpus
 
 with needing("train", __name__):
@@ -141,6 +142,7 @@ def begin(
         ValueError: with what is wrong, and how to mend it.
     """
     refuse_several_gpus(training)
+    refuse_zero3()
     where_to_go_on(training)  # or it says why not
     training.remove_unused_columns = False  # images are opened late
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
@@ -210,11 +212,12 @@ def train(trainer: MaskEvaluation) -> Path:
     """Trains, goes on where a run was stopped, and saves: the whole model, or the adapters and, where the weights are
     not quantised, `merged/`. Returns the folder to load."""
     output = train_and_draw_curve(trainer)
-    trainer.save_model(output)
+    save_whole(trainer, output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    if isinstance(trainer.model, PeftModel) and not getattr(trainer.model.get_base_model(), "is_quantized", False):
-        return save_merged(trainer.model, trainer.processor, output / "merged")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel) and not getattr(model.get_base_model(), "is_quantized", False):
+        return save_merged(whole_adapted(trainer, output), trainer.processor, output / "merged")
     return output
 
 

@@ -342,7 +342,10 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         if generation_config.use_cache is False:
             raise ValueError("drawing needs the key-value cache: leave use_cache=True")
         if synced_gpus:
-            raise ValueError("synced_gpus (ZeRO stage 3) is not supported: rows draw at different steps on each rank")
+            raise ValueError(
+                "synced_gpus (sharded weights: ZeRO stage 3, FSDP) is not supported: rows draw at different steps on "
+                "each rank. Where every rank asks for the same rows, pass synced_gpus=False"
+            )
         if generation_config.output_attentions or generation_config.output_hidden_states:
             raise ValueError(
                 "generate does not collect attentions or hidden states; run a forward pass over the returned sequences"

@@ -186,7 +186,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         rows, columns = self.find_pictures(input_ids)
         embed = self.get_input_embeddings()
         if rows.numel() == 0:
-            return embed(input_ids)
+            return self._with_unused_parts(embed(input_ids))
         config = self.config
         is_visual = config.is_visual(input_ids)
         embeds = embed(input_ids.masked_fill(is_visual, config.gen_end_token_id))
@@ -197,6 +197,16 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         queries = self.embed_queries(features, 1, len(config.patch_nums) - 1)
         inside = columns[:, None] + torch.arange(1, config.picture_length, device=columns.device)
         return embeds.index_put((rows[:, None], inside), queries.to(embeds.dtype))
+
+    def _with_unused_parts(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The same embeddings. In training the parts that make queries get a gradient of zero from them: sharded
+        training wants one of every parameter on every rank, also where a batch has no picture."""
+        parts = (self.generation_projector, self.scale_embedding, self.position_embedding)
+        trained = any(one.requires_grad for part in parts for one in part.parameters())
+        if not (self.training and trained and torch.is_grad_enabled()):
+            return embeds
+        nothing = embeds.new_zeros(1, 1, self.config.visual_tokenizer_config.latent_channels)
+        return embeds + (self.embed_queries(nothing, 0, 0) * 0.0).sum().to(embeds.dtype)
 
     def image_places(self, embeds: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders of images stand (B, L). Without ids they are known by their embedding."""
