@@ -1,7 +1,7 @@
 """The name under which models, their outputs and `generate` hand on the key-value cache.
 
-transformers 5.24 made `cache` of `past_key_values`; the old name is taken for some time yet, but nothing is handed on
-under it.
+transformers 5.24 renamed `past_key_values` to `cache`. Callers may still pass the old name for some releases; outputs
+have the new one only.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ NEW_NAME, OLD_NAME = "cache", "past_key_values"
 CACHE = NEW_NAME if NEW_NAME in {field.name for field in fields(BaseModelOutputWithPast)} else OLD_NAME
 
 
-def warns_of_the_old_name(forward: Callable) -> Callable:
-    """A method that takes `cache` and `past_key_values`; what it says of the latter is what transformers says."""
+def deprecates_past_key_values(forward: Callable) -> Callable:
+    """Lets a forward that takes both names warn of the old one, in transformers' own words."""
     return forward if CACHE == OLD_NAME else deprecate_kwarg(OLD_NAME, "5.40.0", new_name=NEW_NAME)(forward)
 
 
-__all__ = ["CACHE", "warns_of_the_old_name"]
+__all__ = ["CACHE", "deprecates_past_key_values"]

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -113,15 +114,17 @@ class VARTokenizerConfig(RemoteCodeMixin, PreTrainedConfig):
     @property
     def num_tokens(self) -> int:
         """T, the visual tokens of one picture."""
-        return sum(side * side for side in self.patch_nums)
+        return sum(self.scale_sizes)
+
+    @property
+    def scale_sizes(self) -> list[int]:
+        """Visual tokens of each scale."""
+        return [side * side for side in self.patch_nums]
 
     @property
     def scale_starts(self) -> list[int]:
         """Index of the first token of each scale."""
-        starts = [0]
-        for side in self.patch_nums[:-1]:
-            starts.append(starts[-1] + side * side)
-        return starts
+        return list(accumulate(self.scale_sizes[:-1], initial=0))
 
 
 class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
@@ -258,7 +261,22 @@ class ARGenSegConfig(RemoteCodeMixin, PreTrainedConfig):
     @property
     def picture_length(self) -> int:
         """T, the visual ids that follow `<gen_start>`."""
-        return sum(side * side for side in self.patch_nums)
+        return sum(self.scale_sizes)
+
+    @property
+    def scale_sizes(self) -> list[int]:
+        """Visual ids of each scale that a picture in the stream has."""
+        return self.visual_tokenizer_config.scale_sizes[: self.num_scales]
+
+    @property
+    def scale_starts(self) -> list[int]:
+        """Index, in its picture, of the first visual id of each of these scales."""
+        return self.visual_tokenizer_config.scale_starts[: self.num_scales]
+
+    @property
+    def visual_slice(self) -> slice:
+        """The visual ids among all ids of the vocabulary: rows of the head, columns of logits."""
+        return slice(self.visual_token_offset, self.visual_token_offset + self.visual_vocab_size)  # type: ignore[operator]
 
     def is_visual(self, ids: Any) -> Any:
         """Where a tensor of token ids holds visual ids: a bool tensor of its shape."""

@@ -286,7 +286,9 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         # a step of text holds no picture to be found, which a GPU would be waited for and a graph broken by
         inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))
         logits = forward(**inputs, return_dict=True).logits[:, -1].float()
-        rows.first_logits = torch.where(rows.for_all(begins)[:, None], self._visual_slice(logits), rows.first_logits)
+        rows.first_logits = torch.where(
+            rows.for_all(begins)[:, None], logits[..., self.config.visual_slice], rows.first_logits
+        )
         return logits
 
     # ------------------------------------------------------------------ pictures, and the end
@@ -317,7 +319,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
             logits=tuple(rows.logits) or None,
             picture_scores=[[self._picture_score(one) for one in row] for row in rows.logprobs],
             picture_token_logprobs=rows.logprobs,
-            **{CACHE: rows.settle(rows.model_kwargs[CACHE])},
+            **{CACHE: rows.compact_cache(rows.model_kwargs[CACHE])},
         )
 
     def _check_image(self, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .cache_name import CACHE, warns_of_the_old_name
+from .cache_name import CACHE, deprecates_past_key_values
 from .configuration_argenseg import ARGenSegConfig
 from .from_vlm import FULL_ATTENTION, FromVLMMixin, check_vlm
 from .generation_argenseg import ARGenSegGenerationMixin
@@ -172,10 +172,10 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
 
     def embed_queries(self, features: torch.Tensor, first_scale: int, last_scale: int) -> torch.Tensor:
         """Query embeddings of the scales first..last (0-based) from their features (N, tokens of these scales, D)."""
-        sizes, device = [side * side for side in self.config.patch_nums], features.device
+        sizes, device = self.config.scale_sizes, features.device
         # built on the device from Python numbers, so that nothing waits for the GPU
         scales = [torch.full((sizes[k],), k, device=device) for k in range(first_scale, last_scale + 1)]
-        start = sum(sizes[:first_scale])
+        start = self.config.scale_starts[first_scale]
         positions = torch.arange(start, start + features.shape[1], device=device)
         projected = self.generation_projector(features)
         added = self.scale_embedding(torch.cat(scales)) + self.position_embedding(positions)
@@ -208,7 +208,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         nothing = embeds.new_zeros(1, 1, self.config.visual_tokenizer_config.latent_channels)
         return embeds + (self.embed_queries(nothing, 0, 0) * 0.0).sum().to(embeds.dtype)
 
-    def image_places(self, embeds: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+    def image_mask(self, embeds: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Where the placeholders of images stand (B, L). Without ids they are known by their embedding."""
         placeholder = self.config.image_token_id
         if input_ids is not None:
@@ -225,7 +225,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
             ValueError: placeholders and features do not match in number.
         """
         features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features.flatten(0, 1)
-        places = self.image_places(embeds, input_ids)
+        places = self.image_mask(embeds, input_ids)
         if int(places.sum()) != features.shape[0]:
             raise ValueError(
                 f"the prompt has {int(places.sum())} image placeholders (id {self.config.image_token_id}), the images "
@@ -237,13 +237,11 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         """(B, L): a number of its own for the queries of each scale of each picture; -1 where attention is causal."""
         blocks = torch.full_like(input_ids, -1)
         rows, columns = self.find_pictures(input_ids)
-        sides = self.config.patch_nums
-        start, device = 1, input_ids.device
-        for scale, side in enumerate(sides[1:], start=1):
-            inside = columns[:, None] + torch.arange(start, start + side * side, device=device)
-            numbers = torch.arange(rows.numel(), device=device) * len(sides) + scale
+        sizes, starts, device = self.config.scale_sizes, self.config.scale_starts, input_ids.device
+        for scale in range(1, len(sizes)):
+            inside = columns[:, None] + torch.arange(starts[scale], starts[scale] + sizes[scale], device=device)
+            numbers = torch.arange(rows.numel(), device=device) * len(sizes) + scale
             blocks[rows[:, None], inside] = numbers[:, None]
-            start += side * side
         return blocks
 
     def attention_mask_of(
@@ -278,7 +276,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
             block_sequence_ids=blocks,
         )
 
-    @warns_of_the_old_name
+    @deprecates_past_key_values
     @can_return_tuple
     def forward(
         self,
@@ -310,7 +308,7 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
             image = self.get_image_features(pixel_values, return_dict=True)
         embeds = self.embed_stream(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.image_grid is not None:
-            places = None if input_ids is None and image is None else self.image_places(embeds, input_ids)
+            places = None if input_ids is None and image is None else self.image_mask(embeds, input_ids)
             position_ids = self.rotary_positions(places, attention_mask, cache, position_ids)
             kwargs |= {} if image is None else deep_features(image, places)
         elif position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
@@ -361,13 +359,13 @@ class ARGenSegForConditionalGeneration(
 
     def visual_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) over the codebook alone; a plain head multiplies only its visual rows."""
-        first, count = self.config.visual_token_offset, self.config.visual_vocab_size
+        visual = self.config.visual_slice
         # an adapter around the head must see all of it, and a head that is kept elsewhere is brought by its own call
         if type(self.lm_head) is nn.Linear and self.lm_head.weight.device == hidden_states.device:
-            return F.linear(hidden_states, self.lm_head.weight[first : first + count])
-        return self.lm_head(hidden_states)[..., first : first + count]
+            return F.linear(hidden_states, self.lm_head.weight[visual])
+        return self.lm_head(hidden_states)[..., visual]
 
-    @warns_of_the_old_name
+    @deprecates_past_key_values
     @can_return_tuple
     def forward(
         self,

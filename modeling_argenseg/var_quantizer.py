@@ -8,6 +8,7 @@ h = w = p_K the side of the latent.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -51,8 +52,8 @@ class SharedPhi(nn.Module):
 class MultiScaleQuantizer(nn.Module):
     """Residual quantisation of a latent, coarse to fine: every scale codes what the coarser ones left over.
 
-    All of it runs in the dtype of the codebook, without autocast, because f_hat is a long sum. It is made in fp32,
-    whatever the default dtype.
+    All of it runs in the dtype of the codebook, without autocast, because f_hat is a long sum. It is made and loaded in
+    fp32, whatever the default dtype and `dtype=`; only a cast afterwards (`model.to(torch.bfloat16)`) rounds it.
     """
 
     def __init__(self, config: VARTokenizerConfig) -> None:
@@ -101,19 +102,14 @@ class MultiScaleQuantizer(nn.Module):
         Raises:
             ValueError: a scale is cut in the middle.
         """
-        starts, at = [], 0
-        for side in self.patch_nums:
-            if at == ids_BT.shape[1]:
-                break
-            starts.append(side * side)
-            at += side * side
-        if at != ids_BT.shape[1] or not starts:
-            whole = sum(side * side for side in self.patch_nums)
+        every, length = [side * side for side in self.patch_nums], ids_BT.shape[1]
+        sizes = [size for size, end in zip(every, accumulate(every), strict=True) if end <= length]
+        if sum(sizes) != length or not sizes:
             raise ValueError(
-                f"a picture has {whole} visual tokens (scales of side {self.patch_nums}), got {ids_BT.shape[1]}: "
+                f"a picture has {sum(every)} visual tokens (scales of side {self.patch_nums}), got {length}: "
                 "the stream was cut inside a scale"
             )
-        return list(ids_BT.split(starts, dim=1))
+        return list(ids_BT.split(sizes, dim=1))
 
     def accumulate(self, ids_BT: torch.Tensor) -> Iterator[torch.Tensor]:
         """f_hat (B, D, h, w) after each scale that `ids_BT` holds."""

@@ -17,8 +17,8 @@ PER_CELL = 4  # pixels of the small copy for each cell of the last scale, along 
 RADIUS = 3  # of the windows, in these pixels
 LEAST_VARIANCE = 1e-4  # of colours in [0, 1]: windows that vary less have no edges, and the map is smoothed there
 LARGEST = 1024  # longer side, in pixels, of the image on which the coefficients are used
-LEAST_LEFT = 0.25  # of what a mask covers around a place: where less would be left, the mask stays as it is
-SPECK = 1 / 256  # of the image's longer side: pixels that differ from most others so near follow these
+LEAST_LEFT = 0.25  # where less than this share of what a mask covers around a place would be left, it stays as drawn
+SPECK = 1 / 256  # radius, by the image's longer side, of the majority filter that removes specks
 
 
 class EdgeGuide:

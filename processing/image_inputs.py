@@ -119,7 +119,7 @@ def _pil_to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         values = values << 4 | values >> 8 if has_12_bits else values  # 4095 becomes 65535
         return Image.fromarray(_to_uint8(values, name)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

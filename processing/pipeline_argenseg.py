@@ -39,7 +39,7 @@ EACH_ITS_TEXT = (
     "of prompts"
 )
 logger = logging.get_logger(__name__)
-# what `pipeline` hands on although it has used it up itself
+# `pipeline` hands these on, although it has consumed them itself
 NOT_FOR_GENERATE = ("local_files_only",)
 
 

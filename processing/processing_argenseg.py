@@ -16,6 +16,7 @@ Shapes: B rows, L tokens, N masks, T visual tokens of a picture, H and W of an i
 import copy
 import os
 import re
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,12 @@ from .chat_template import (
 )
 from .conversation_argenseg import collect_contents, segmentation_conversation
 from .image_inputs import load_images, split_rows
-from .picture_stream import PictureVocabulary
+from .picture_spans import VISUAL_TOKEN, PictureVocabulary
 from .released_processor import find_released_folder, released_processor_parts
 from .saved_code import PROCESSOR_CODE, save_code
 from .segmentation_processing import SegmentationProcessingMixin
 
 VISUAL_TOKENIZER_FOLDER = "visual_tokenizer"
-VISUAL_TOKEN = "<visual token {:06d}>"
 VISUAL_TOKEN_PATTERN = r"<visual token \d{6}>"
 HUB_KWARGS = ("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision")
 # settings of a released checkpoint that a caller may change
@@ -183,15 +183,13 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
     @property
     def num_visual_tokens(self) -> int | None:
         """T, the visual tokens of one picture; `None` without a visual tokenizer."""
-        if self._vq_model is None:
-            return None
-        return sum(side * side for side in self._vq_model.config.patch_nums[: self.num_scales])
+        return None if self._vq_model is None else self.whole_scales[-1]
 
     @property
     def whole_scales(self) -> list[int]:
         """Visual tokens of a picture after each of its scales; the last is `num_visual_tokens`."""
         sides = self._require_visual_tokenizer().config.patch_nums[: self.num_scales]
-        return [sum(side * side for side in sides[: count + 1]) for count in range(len(sides))]
+        return list(accumulate(side * side for side in sides))
 
     @property
     def picture_answer_ids(self) -> list[int]:
@@ -334,7 +332,8 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         mask_texts = self._mask_texts(self._rows(masks, text, "mask", self.mask_marker), image_rows, search_steps)
         text, offsets = self._expand_markers(text, image_texts, mask_texts)
         text_inputs = self._tokenize(text, offsets, merged)
-        data = {name: value for name, value in {**text_inputs, **image_inputs}.items() if name != "num_patches"}
+        inputs = {**text_inputs, **image_inputs}
+        data = {name: value for name, value in inputs.items() if name not in self.unused_input_names}
         return BatchFeature(
             data,
             tensor_type=merged["text_kwargs"].get("return_tensors"),

@@ -1,6 +1,5 @@
 """The processor of a released checkpoint: tokenizer, image size, wording and mask geometry, read from its folder."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils import cached_file
 
 from .chat_template import adds_bos, internvl_format, make_chat_template
-from .released_tokenizer import load_released_tokenizer
+from .released_tokenizer import load_released_tokenizer, read_json
 
 MODEL_TYPE = "internvl_chat"
 TEMPLATE = "internvl2_5"
@@ -33,7 +32,7 @@ def find_released_folder(path: Any, subfolder: str = "", **kwargs: Any) -> Path 
     """The folder of a released checkpoint, downloaded if `path` is a Hub name; None if it is none."""
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     file = cached_file(path, "config.json", subfolder=subfolder, **kwargs, **quiet)
-    if file is None or _read_json(Path(file)).get("model_type") != MODEL_TYPE:
+    if file is None or read_json(Path(file)).get("model_type") != MODEL_TYPE:
         return None
     if os.path.isdir(path):
         return Path(path, subfolder)
@@ -53,7 +52,7 @@ def released_processor_parts(folder: Path, vq_model: PreTrainedModel | None = No
         ValueError: something is missing or broken, does not fit together, or was trained in a way that is not known.
     """
     file = folder / "config.json"
-    config = _read_json(file)
+    config = read_json(file)
     if config.get("template", TEMPLATE) != TEMPLATE or config.get("pad2square") or config.get("dynamic_image_size"):
         raise ValueError(f"{file}: only the released template {TEMPLATE} and one squashed image are known, no padding")
     try:
@@ -98,10 +97,3 @@ def _tokenizer_folder(folder: Path) -> Path:
         if any((place / name).exists() for name in TOKENIZER_FILES):
             return place
     return folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error

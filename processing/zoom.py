@@ -31,7 +31,7 @@ SMALLEST = 3 / 16  # least side of a view, by the longer side of the image
 COARSE = 1 / 4  # scales are given up to this part of the last one's side
 AGREE = 0.15  # least IoU with the first mask: below, the views show something else, and the first mask stays
 VIEWS_TOGETHER = 8
-# options of `generate` that belong to the whole image, or do not go with words and scales that are given
+# options of `generate` that are tied to the whole image, or do not go with a given answer and prefix
 UNFIT = ("encoded_image", "pixel_values", "mm_encoder_outputs", "negative_input_ids", "prefill_chunk_size", "streamer")
 LIMITED = {"picture_guidance_scale": 0, "num_return_sequences": 1}  # and the only values of these that do
 

@@ -36,11 +36,11 @@ from modeling_argenseg.from_vlm import NEEDED
 from modeling_argenseg.image_grid import MODEL_TYPES, patchify
 from processing import ARGenSegProcessor
 from processing.chat_template import adds_bos, make_chat_template
+from processing.picture_spans import VISUAL_TOKEN
 
 from .chat_format import read_chat_format
 from .command_line import errors_in_a_line, loading
 from .export import set_picture_options
-from .text_tokenizer import VISUAL_TOKEN
 from .visual_tokenizers import load_visual_tokenizer
 
 GIVE_ONE = "give a template with --chat_template, which writes masks as <mask> and marks answers as generation"

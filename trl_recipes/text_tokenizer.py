@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from processing.picture_spans import VISUAL_TOKEN
+
 CHAT_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<gen_start>", "<gen_end>"]
-VISUAL_TOKEN = "<visual token {:06d}>"
 
 
 def train_text_tokenizer(texts: Iterable[str], text_vocab_size: int, num_codes: int, context: int):

@@ -15,11 +15,12 @@ from modeling_argenseg import (
     HybridInternVLConfig,
 )
 from processing import ARGenSegProcessor
+from processing.picture_spans import VISUAL_TOKEN
 
 from .command_line import loading
 from .pretrained_vision import load_efficientnet_lite0
 from .scenes import SceneDataset
-from .text_tokenizer import VISUAL_TOKEN, train_text_tokenizer
+from .text_tokenizer import train_text_tokenizer
 from .visual_tokenizers import load_visual_tokenizer
 from .word_regions import token_side
 

@@ -47,7 +47,7 @@ from benchmarks.floors import copy_bandwidth
 from benchmarks.gpu_report import PARTS, Parts, Report, times
 from benchmarks.stopwatch import now, peak_memory
 from modeling_argenseg.cache_name import CACHE
-from modeling_argenseg.recordings import Home, Recording, write_to
+from modeling_argenseg.recordings import GraphCache, Recording, write_to
 from modeling_argenseg.static_steps import rounded_up
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -170,8 +170,8 @@ class Measurement:
 
     def say_what_was_recorded(self) -> None:
         recorded = self.case.model._scale_graphs
-        homes = getattr(recorded, "homes", [])
-        graphs = [graph for home in homes for graph in home.graphs.values()]
+        graph_caches = getattr(recorded, "graph_caches", [])
+        graphs = [graph for graph_cache in graph_caches for graph in graph_cache.graphs.values()]
         good = sum(graph is not None for graph in graphs)
         self.report.add("recorded passes, and refused", [good, len(graphs) - good])
         if getattr(recorded, "calls", {}):
@@ -179,7 +179,7 @@ class Measurement:
 
     def each_pass(self, way: str) -> None:
         """Milliseconds of the recorded pass of each scale, by its length, played alone."""
-        graphs = self.case.model._scale_graphs.homes[0].graphs
+        graphs = self.case.model._scale_graphs.graph_caches[0].graphs
         played = {
             f"{length} of {limit} columns": round(statistics.median(times(graph._play, self.device, 5)), 3)
             for (_, length, limit), graph in sorted(graphs.items())
@@ -270,25 +270,25 @@ class Measurement:
 
     def recorded_step(self, step: Callable[..., torch.Tensor], cache: Any, token: torch.Tensor) -> Callable:
         """One sequential step as a CUDA graph; its mask and positions are made outside."""
-        home = Home(cache)
-        home.take_in(cache)
+        graph_cache = GraphCache(cache)
+        graph_cache.adopt(cache)
         limit = cache.layers[0].get_max_length()
         columns = torch.arange(limit, device=self.device)
         lowest = torch.full((limit,), -torch.inf, dtype=self.case.model.dtype, device=self.device)
 
         def run(token: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            write_to(home.cache, places, limit)
-            return step(token, home.cache, position_ids=places[None], attention_mask=mask[None, None])
+            write_to(graph_cache.cache, places, limit)
+            return step(token, graph_cache.cache, position_ids=places[None], attention_mask=mask[None, None])
 
         def tensors(token: torch.Tensor) -> dict[str, torch.Tensor]:
-            places = home.places(1)
+            places = graph_cache.places(1)
             return {"token": token, "places": places, "mask": lowest.masked_fill(columns <= places, 0)[None]}
 
         recording = Recording(run, tensors(token))
 
         def call(token: torch.Tensor) -> torch.Tensor:
             token = recording(tensors(token))
-            home.add(1)
+            graph_cache.add(1)
             return token
 
         return call

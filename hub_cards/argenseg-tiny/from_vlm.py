@@ -106,14 +106,14 @@ class FromVLMMixin:
         model.model.quantizer.float()
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
-        model._take_over(base, head, visual_tokenizer, first)
+        model._copy_weights(base, head, visual_tokenizer, first)
         model.set_attn_implementation(base.config._attn_implementation)
         for name, parameter in base.named_parameters():
             model.model.vlm.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model.train(base.training)
 
     @torch.no_grad()
-    def _take_over(
+    def _copy_weights(
         self, base: PreTrainedModel, head: torch.Tensor | None, visual_tokenizer: PreTrainedModel, first: int
     ) -> None:
         state = base.state_dict()

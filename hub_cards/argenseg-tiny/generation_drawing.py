@@ -4,6 +4,7 @@ Shapes: B rows asked for, R rows run (2 B under guidance), V codebook entries, m
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,10 +43,10 @@ class DrawingMixin:
             tokens, chosen = self._choose_visual(logits, scale, generation_config, rows)
             drawn.append(tokens)
             logprobs.append(chosen)
-            self._show(rows, drawn, count, streamer)
+            self._stream_scale(rows, drawn, count, streamer)
         if count == len(sides) and (count == 1 or not self._reads_on_after_a_scale):
             hidden = self._scale_step(rows, [closing], 0, generation_config)
-        self._take_down(rows, torch.cat(drawn, dim=1), torch.cat(logprobs, dim=1))
+        self._append_pictures(rows, torch.cat(drawn, dim=1), torch.cat(logprobs, dim=1))
         if count < len(sides):
             rows.extend_mask(rows.waiting, 1)  # of v_t, which nothing was read for
             return rows.first_logits.new_empty(rows.ids.shape[0], 0, 0)
@@ -61,12 +62,12 @@ class DrawingMixin:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Logits (R, l, V) of the first `count` scales, one after the other, with the hidden states of the pass in
         which they were read. Meanwhile `drawn` is filled with the tokens (B, l) of each."""
-        quantizer, starts, f_hat = self.model.quantizer, self.config.visual_tokenizer_config.scale_starts, 0.0
+        quantizer, starts, f_hat = self.model.quantizer, self.config.scale_starts, 0.0
         yield rows.first_logits[:, None], closing
         for scales in self._passes(rows, count):
             queries: list[torch.Tensor] = []
             for scale in scales:
-                codes = rows.given[:, starts[scale - 1] : starts[scale]] if queries else drawn[-1]
+                codes = rows.prefix[:, starts[scale - 1] : starts[scale]] if queries else drawn[-1]
                 f_hat = f_hat + quantizer.contribution(rows.for_all(codes), scale - 1)
                 queries.append(self.model.embed_queries(quantizer.query_features(f_hat, scale), scale, scale))
             reads_on = scale == len(self.config.patch_nums) - 1 and self._reads_on_after_a_scale
@@ -78,10 +79,10 @@ class DrawingMixin:
 
     def _passes(self, rows: Rows, count: int) -> list[range]:
         """Which scales of the first `count` are read together: each alone, but for those that follow given ones."""
-        given, together = rows.given.shape[1], 1
+        given, together = rows.prefix.shape[1], 1
         drew = any(rows.logprobs[row] for row in rows.waiting.nonzero()[:, 0].tolist())  # what is given is of the first
         if given and not drew and self._reads_on_after_a_scale:
-            together = self.config.visual_tokenizer_config.scale_starts.index(given)
+            together = self.config.scale_starts.index(given)
         together = min(together, count - 1)
         passes = [range(1, together + 1), *(range(scale, scale + 1) for scale in range(together + 1, count))]
         return [scales for scales in passes if scales]
@@ -119,7 +120,7 @@ class DrawingMixin:
         inputs = {
             "inputs_embeds": embeds,
             "attention_mask": rows.mask,
-            # to a graph strides are shapes
+            # contiguous: a compiled graph is made for strides, too
             "position_ids": positions[:, -embeds.shape[1] :].clone(memory_format=torch.contiguous_format),
             CACHE: cache,
             "use_cache": True,
@@ -168,15 +169,15 @@ class DrawingMixin:
             tokens = torch.multinomial(flat.softmax(-1), num_samples=1).view(logits.shape[:2])
         else:
             tokens = preferred.argmax(-1)
-        tokens = rows.draws_given(tokens, self.config.visual_tokenizer_config.scale_starts[scale])
+        tokens = rows.with_prefix(tokens, self.config.scale_starts[scale])
         return tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
-    def _show(self, rows: Rows, drawn: list[torch.Tensor], count: int, streamer: Any) -> None:
+    def _stream_scale(self, rows: Rows, drawn: list[torch.Tensor], count: int, streamer: Any) -> None:
         if isinstance(streamer, PictureStreamer):
             codes = torch.cat(drawn, dim=1)[rows.waiting]
             streamer.put_scale(PartialPicture(len(drawn), count, rows.waiting.nonzero()[:, 0], codes))
 
-    def _take_down(self, rows: Rows, codes: torch.Tensor, logprobs: torch.Tensor) -> None:
+    def _append_pictures(self, rows: Rows, codes: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Writes pictures (B, t) and the log-probabilities of their tokens into the waiting rows."""
         ids = (codes + self.config.visual_token_offset).masked_fill(~rows.waiting[:, None], rows.pad_id)
         rows.ids = torch.cat([rows.ids, rows.for_all(ids)], dim=1)
@@ -184,13 +185,10 @@ class DrawingMixin:
             rows.logprobs[row].append(logprobs[row])
 
     def _picture_score(self, logprobs: torch.Tensor) -> float:
-        sizes = [side * side for side in self.config.patch_nums]
-        parts: list[torch.Tensor] = []
-        while logprobs.shape[0]:
-            size = sizes[len(parts)]
-            parts.append(logprobs[:size].mean())
-            logprobs = logprobs[size:]
-        return float(torch.stack(parts).mean().exp())
+        """Score of a picture, or of its first whole scales, from the log-probabilities (t,) of its tokens."""
+        ends = accumulate(self.config.scale_sizes)
+        sizes = [size for size, end in zip(self.config.scale_sizes, ends, strict=True) if end <= len(logprobs)]
+        return float(torch.stack([scale.mean() for scale in logprobs.split(sizes)]).mean().exp())
 
 
 def _picture_warpers(generation_config: GenerationConfig) -> LogitsProcessorList:

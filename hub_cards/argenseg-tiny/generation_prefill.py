@@ -55,15 +55,15 @@ class PrefillMixin:
             model_kwargs=model_kwargs,
             pad_id=pad_id,
             draft_after=input_ids.new_empty(0),
-            given=self._given(model_kwargs.pop("picture_prefix", None), batch, input_ids.device),
+            prefix=self._prefix(model_kwargs.pop("picture_prefix", None), batch, input_ids.device),
             logprobs=[[] for _ in range(batch)],
         )
 
-    def _given(self, prefix: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
+    def _prefix(self, prefix: torch.Tensor | None, batch: int, device: torch.device) -> torch.Tensor:
         """`picture_prefix` as codes (B, t), t = 0 without one."""
         if prefix is None:
             return torch.empty(batch, 0, dtype=torch.long, device=device)
-        whole = self.config.visual_tokenizer_config.scale_starts[1 : len(self.config.patch_nums)]
+        whole = self.config.scale_starts[1:]
         prefix = torch.as_tensor(prefix, device=device)
         if prefix.ndim != 2 or prefix.shape[0] != batch or prefix.shape[1] not in whole:
             raise ValueError(
@@ -116,7 +116,7 @@ class PrefillMixin:
         model_kwargs, columns = rows.model_kwargs, rows.ids
         encoded = model_kwargs.pop("encoded_image", None)
         if encoded is not None:
-            columns, rows.mask = encoded.bring_forward(rows.ids, rows.mask)
+            columns, rows.mask = encoded.move_padding_behind(rows.ids, rows.mask)
             if bool((columns[:, encoded.length :] == self.config.image_token_id).any()):
                 raise ValueError(
                     "a prompt has an image beside that of encoded_image: leave encoded_image out, and pass pixel_values"
@@ -135,7 +135,7 @@ class PrefillMixin:
         model_kwargs[CACHE] = outputs[CACHE]
         always = generation_config.picture_prefill == "always"
         accepted, logits = self._accept(rows, draft, outputs.logits[:, -1 - count :].float(), ~starts, always, streamer)
-        rows.first_logits = self._visual_slice(logits)
+        rows.first_logits = logits[..., self.config.visual_slice]
         rows.waiting = starts if count == 0 else starts | (accepted == count)
         rows.running = ~rows.waiting & (rows.budget > 0)
         return logits
@@ -173,14 +173,10 @@ class PrefillMixin:
         everyone = torch.arange(logits.shape[0], device=logits.device)
         return accepted, logits[everyone, rows.for_all(accepted)]
 
-    def _visual_slice(self, logits: torch.Tensor) -> torch.Tensor:
-        first = self.config.visual_token_offset
-        return logits[..., first : first + self.config.visual_vocab_size]
-
     def _text_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of text: visual ids and `<gen_end>` are none and cannot be chosen."""
-        scores, first = logits.clone(), self.config.visual_token_offset
-        scores[..., first : first + self.config.visual_vocab_size] = -torch.inf
+        scores = logits.clone()
+        scores[..., self.config.visual_slice] = -torch.inf
         scores[..., self.config.gen_end_token_id] = -torch.inf
         return scores
 

@@ -29,7 +29,7 @@ class Rows:
     model_kwargs: dict[str, Any]
     pad_id: int
     draft_after: torch.Tensor  # (m,) text that is expected to follow a picture
-    given: torch.Tensor  # (B, t) codes of the first scales of each row's first picture, that need not be drawn
+    prefix: torch.Tensor  # (B, t) codes of the first scales of each row's first picture, that need not be drawn
     logprobs: list[list[torch.Tensor]] = field(default_factory=list)
     scores: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -46,15 +46,15 @@ class Rows:
 
     def for_all(self, per_row: torch.Tensor) -> torch.Tensor:
         """A value per row asked for (B, ...) to one per row run (R, ...)."""
-        return torch.cat([per_row] * self.copies)
+        return per_row.repeat(self.copies, *[1] * (per_row.ndim - 1))
 
-    def draws_given(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
-        """Tokens chosen for one scale (B, l), which begins at token `start` of its picture; given ones instead."""
+    def with_prefix(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Tokens chosen for one scale (B, l), which begins at token `start` of its picture, or those of the prefix."""
         end = start + tokens.shape[1]
-        if end > self.given.shape[1]:
+        if end > self.prefix.shape[1]:
             return tokens
         first = torch.tensor([not pictures for pictures in self.logprobs], device=tokens.device)
-        return torch.where(first[:, None], self.given[:, start:end], tokens)
+        return torch.where(first[:, None], self.prefix[:, start:end], tokens)
 
     def append(self, ids: torch.Tensor, active: torch.Tensor) -> None:
         """New columns `ids` (R, l); rows that are not `active` (B,) will not attend to them."""
@@ -73,12 +73,12 @@ class Rows:
         self.ids = torch.cat([self.ids[:, :-count], self.ids[:, -count:].masked_fill(~kept, self.pad_id)], dim=1)
         self.mask = torch.cat([self.mask[:, :-count], self.mask[:, -count:] * kept], dim=1)
 
-    def settle(self, cache: Any) -> Any:
-        """The cache with the columns of `answers`, as far as all rows have read theirs.
+    def compact_cache(self, cache: Any) -> Any:
+        """The cache with the columns of `answers`, cropped to what every row has read.
 
-        What waits, and what was drafted and not written, leaves gaps that only `mask` knows of. They are closed, and
-        rows of unconditional prompts go. None if the cache cannot be put in order: a static one with gaps, or one that
-        does not have its keys at hand.
+        Waiting rows, and drafts that were not kept, leave gaps that only `mask` knows of. These are removed, and so are
+        the rows of unconditional prompts. None if that cannot be done: of a static cache with gaps, or one that does
+        not have its keys at hand.
         """
         batch, count = self.running.shape[0], cache.get_seq_length()
         used, unread = self.mask[:batch, :count].bool(), self.mask[:batch, count:].any(-1)

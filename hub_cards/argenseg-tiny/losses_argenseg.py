@@ -39,7 +39,7 @@ class LossMixin:
     def scale_of_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
         """(B, L): the scale (0-based) of every visual id of the stream, -1 for text."""
         order = torch.arange(self.config.picture_length, device=input_ids.device)
-        starts = torch.tensor(self.config.visual_tokenizer_config.scale_starts, device=input_ids.device)
+        starts = torch.tensor(self.config.scale_starts, device=input_ids.device)
         scales = torch.full_like(input_ids, -1)
         rows, columns = self.model.find_pictures(input_ids)
         scales[rows[:, None], columns[:, None] + 1 + order] = torch.bucketize(order, starts, right=True) - 1

@@ -1,7 +1,7 @@
 """Passes over a static cache, recorded once as CUDA graphs and played: fixed places for caches and inputs.
 
-What `static_steps` records: a `Home` holds the contents of one cache at a time, a `Recording` is a function of tensors
-that reads and writes fixed addresses, and two context managers change what a model's layers do while it is recorded.
+What `static_steps` records: a `GraphCache` holds the contents of one cache at a time, a `Recording` is a function of
+tensors that reads and writes fixed addresses, and two context managers change what a model's layers do meanwhile.
 """
 
 import weakref
@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache, StaticLayer
 from .cache_name import CACHE
 
 
-class HomeLayer(StaticLayer):
-    """A layer of a `Home`: told where to write, it does not count, and shows no more columns than need be looked at."""
+class GraphCacheLayer(StaticLayer):
+    """A layer of a `GraphCache`: told where to write, it does not count, and shows no more columns than are needed."""
 
     _layer_type = None  # not one that transformers should make of a configuration
 
@@ -38,20 +38,21 @@ class HomeLayer(StaticLayer):
         return self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
 
 
-class Home:
+class GraphCache:
     """Storage for the contents of one static cache at a time, at addresses that do not change.
 
     Attributes: `cache`, a cache over that storage; `graphs`, what has been recorded over it, by (scale, length,
-    columns looked at); `weights`, the addresses of the weights in these recordings; `scale`, of the last pass.
+    columns looked at); `recorded_state`, the addresses of the weights, and the adapters, in these recordings; `scale`,
+    of the last pass.
     """
 
     def __init__(self, cache: Cache) -> None:
         self.graphs: dict[tuple[int, int, int], Recording | None] = {}
-        self.weights: list[int] = []
+        self.recorded_state: list[Any] = []
         self.scale: float = float("inf")  # whatever comes first begins a picture
-        self._tenant: Callable[[], Cache | None] = lambda: None
+        self._owner: Callable[[], Cache | None] = lambda: None
         with torch.inference_mode(False):
-            self.cache = Cache(layers=[HomeLayer(layer) for layer in cache.layers])
+            self.cache = Cache(layers=[GraphCacheLayer(layer) for layer in cache.layers])
 
     def fits(self, cache: Cache) -> bool:
         own, other = _storage(self.cache), _storage(cache)
@@ -59,19 +60,20 @@ class Home:
             a.shape == b.shape and a.dtype == b.dtype and a.device == b.device for a, b in zip(own, other, strict=True)
         )
 
-    def take_in(self, cache: Cache) -> None:
-        """Moves a cache in: it keeps what it holds, and holds it here. Who lived here takes a copy along."""
+    def adopt(self, cache: Cache) -> None:
+        """Copies the contents of a cache to this storage, and points the cache at it. The cache that owned the storage
+        before gets a copy of its own."""
         if cache.layers[0].keys is self.cache.layers[0].keys:
             return
-        before = self._tenant()
+        before = self._owner()
         if before is not None and before.layers[0].keys is self.cache.layers[0].keys:
-            _settle(before, [tensor.clone() for tensor in _storage(before)])
+            _point_at(before, [tensor.clone() for tensor in _storage(before)])
         own = _storage(self.cache)
         with torch.no_grad():
             for kind in range(3):  # all of one type
                 torch._foreach_copy_(own[kind::3], _storage(cache)[kind::3])
-        _settle(cache, own)
-        self._tenant = weakref.ref(cache)
+        _point_at(cache, own)
+        self._owner = weakref.ref(cache)
 
     def places(self, count: int) -> torch.Tensor:
         """Where the next columns are written (count,)."""
@@ -85,7 +87,7 @@ class Home:
 
 
 def write_to(cache: Cache, places: torch.Tensor, limit: int) -> None:
-    """Passes over the cache of a `Home` write there from now on, and look at the first `limit` columns."""
+    """Passes over the cache of a `GraphCache` write there from now on, and look at the first `limit` columns."""
     for layer in cache.layers:
         layer.places, layer.limit = places, limit
 
@@ -94,7 +96,7 @@ def _storage(cache: Cache) -> list[torch.Tensor]:
     return [t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
 
 
-def _settle(cache: Cache, storage: list[torch.Tensor]) -> None:
+def _point_at(cache: Cache, storage: list[torch.Tensor]) -> None:
     for index, layer in enumerate(cache.layers):
         layer.keys, layer.values, layer.cumulative_length = storage[3 * index : 3 * index + 3]
 
@@ -236,4 +238,4 @@ class OneLayer:
         return self.layer.update(key_states, value_states)
 
 
-__all__ = ["Home", "Recording", "fused_norms", "layers_through", "record_cuda_graph", "write_to"]
+__all__ = ["GraphCache", "Recording", "fused_norms", "layers_through", "record_cuda_graph", "write_to"]

@@ -17,7 +17,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
-VISUAL_TOKEN = "<visual token {:06d}>"
+from .picture_spans import VISUAL_TOKEN
+
 # what stands before the first visual token, nearest last
 BEFORE_VISUAL = ("<ge_start>", "<ge_end>", "<MASK_CONTEXT>")
 NORMAL, USER_DEFINED, BPE_MODEL = 1, 4, 2  # SentencePiece's enumerations
@@ -36,7 +37,7 @@ def load_released_tokenizer(folder: Path, vocab_size: int, num_codes: int) -> Pr
     Raises:
         ValueError: no tokenizer, one that cannot be read, or one whose ids do not fit the model.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
         source = folder / "tokenizer.json"
         try:
@@ -62,7 +63,8 @@ def load_released_tokenizer(folder: Path, vocab_size: int, num_codes: int) -> Pr
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file. Raises ValueError for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError as error:
@@ -83,10 +85,10 @@ def read_added_tokens(folder: Path) -> dict[int, AddedToken]:
         ValueError: the two files contradict each other.
     """
     added: dict[int, AddedToken] = {}
-    for number, token in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
+    for number, token in read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {}).items():
         flags = {name: token.get(name, False) for name in ("lstrip", "rstrip", "single_word")}
         added[int(number)] = AddedToken(token["content"], normalized=False, special=token.get("special", True), **flags)
-    for content, number in _read_json(folder / "added_tokens.json").items():
+    for content, number in read_json(folder / "added_tokens.json").items():
         if number in added and added[number].content != content:
             raise ValueError(
                 f"{folder / 'added_tokens.json'} gives the id {number} to {content!r}, tokenizer_config.json to "

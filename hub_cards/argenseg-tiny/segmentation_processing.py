@@ -149,7 +149,7 @@ class SegmentationProcessingMixin:
             labels: per row one label for all its masks, or a list of labels in the order of the masks.
             threshold: see `decode_masks`.
             prompt_length: length of the prompt, if `sequences` hold it: what stands there is no answer. A picture
-                whose `<gen_start>` is the last token of the prompt is.
+                whose `<gen_start>` ends the prompt counts as part of the answer.
             stop_at_scale: the `picture_stop_at_scale` of `generate`, if it was given: the last picture of a row may
                 then be a preview of so many scales.
             images: the image that each row is about, `None` or as `load_image` takes it.

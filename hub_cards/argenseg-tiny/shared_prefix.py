@@ -59,7 +59,7 @@ class EncodedImage:
         for index, (keys, values) in enumerate(self.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
 
-    def bring_forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def move_padding_behind(self, input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded prompts and their mask (R, L), with the padding moved behind the shared tokens.
 
         Raises:

@@ -27,10 +27,10 @@ from transformers import CompileConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from .cache_name import CACHE
-from .recordings import Home, Recording, fused_norms, layers_through, record_cuda_graph, write_to
+from .recordings import GraphCache, Recording, fused_norms, layers_through, record_cuda_graph, write_to
 
 ROOM = 128  # columns; static caches are sized in multiples of it, so that prompts of like length share their graphs
-HOMES = 4  # shapes of caches whose recorded graphs are kept
+GRAPH_CACHES = 4  # shapes of caches whose recorded graphs are kept
 
 
 def rounded_up(length: int) -> int:
@@ -80,7 +80,7 @@ class ScaleGraphs:
 
 
 def _own(step: Callable) -> Callable:
-    step.__code__ = step.__code__.replace()  # graphs are counted, and limited, by code object: one for each shape
+    step.__code__ = step.__code__.replace()  # dynamo limits recompiling by code object: a copy for each shape
     return step
 
 
@@ -98,11 +98,11 @@ def _one_layer() -> Callable:
     return _own(step)
 
 
-def compile_as_eager(function: Callable) -> Callable:
+def compile_bitwise(function: Callable) -> Callable:
     """A function compiled by inductor for static shapes; calls raise where its graph would break.
 
     In bf16 the kernels round where the function does, and no product with a weight takes another form (a bias added
-    afterwards, a padded shape). On a CPU torch 2.11 does not round so.
+    afterwards, a padded shape). On a CPU torch 2.11 did not round so.
     """
     options = {"emulate_precision_casts": True, "pattern_matcher": False}
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
@@ -116,25 +116,27 @@ def records(config: CompileConfig | None) -> bool:
 class RecordedScales(ScaleGraphs):
     """The language model's pass of each scale, recorded as a CUDA graph: the same kernels, without Python in between.
 
-    A CUDA graph reads and writes fixed addresses. So there is a `Home` for each shape of cache, and a cache moves in
-    before its first scale. What cannot be recorded runs as usual, after a warning. Elsewhere than on a CUDA device
-    nothing is recorded, and the pass is run again on the same fixed tensors. Weights that were put elsewhere are
-    noticed; adapters that are switched off are not (`model._scale_graphs = None` forgets all recordings).
+    A CUDA graph reads and writes fixed addresses. So there is a `GraphCache` for each shape of cache, which adopts a
+    cache before its first scale. What cannot be recorded runs as usual, after a warning. Elsewhere than on a CUDA
+    device nothing is recorded, and the pass is run again on the same fixed tensors. Weights that were put elsewhere,
+    and adapters that were switched, are noticed.
 
-    Attributes: `homes`, the latest first; `record`, which makes a graph of a function without arguments; `compile`,
-    which compiles a function; `calls`, the compiled decoder layer of each (rows, length, columns looked at, columns of
-    the cache); `compiles`, whether layers are compiled: wanted, and never failed.
+    Attributes: `graph_caches`, the latest first; `record`, which makes a graph of a function without arguments;
+    `compile`, which compiles a function; `calls`, the compiled decoder layer of each (rows, length, columns looked at,
+    columns of the cache); `compiles`, whether layers are compiled: wanted, and never failed.
     """
 
     def __init__(self, language_model: PreTrainedModel, config: CompileConfig | None) -> None:
         super().__init__(language_model, config)
-        self.homes: list[Home] = []
+        self.graph_caches: list[GraphCache] = []
+        self.weights: list[int] = []
+        self.adapted: list[nn.Module] = []
         self.record: Callable = record_cuda_graph
-        self.compile: Callable = compile_as_eager
+        self.compile: Callable = compile_bitwise
         self.compiles = bool((self.config.options or {}).get("compiled_layers"))
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"homes": []}
+        return super().__getstate__() | {"graph_caches": []}
 
     def __call__(self, scale: int, columns: int, **inputs: Any) -> torch.Tensor:
         cache, mask, embeds = inputs[CACHE], inputs["attention_mask"], inputs["inputs_embeds"]
@@ -144,43 +146,51 @@ class RecordedScales(ScaleGraphs):
         if mask.dtype == torch.bool:  # attention would do so in every layer
             zeros = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device)
             inputs["attention_mask"] = mask = zeros.masked_fill_(~mask, -torch.inf)
-        home = self._home(cache)
-        home.take_in(cache)
-        if scale <= home.scale:  # a new picture; between its scales nothing changes
-            weights = [weight.data_ptr() for weight in self.language_model.parameters()]
-            if home.weights != weights:
-                home.graphs, home.weights = {}, weights
-        home.scale = scale
+        graph_cache = self._graph_cache(cache)
+        graph_cache.adopt(cache)
+        if scale <= graph_cache.scale:  # a new picture; between its scales nothing changes
+            recorded = self._recorded_state()
+            if graph_cache.recorded_state != recorded:
+                graph_cache.graphs, graph_cache.recorded_state = {}, recorded
+        graph_cache.scale = scale
         limit = min(rounded_up(columns), mask.shape[-1])
         tensors = {
             "inputs_embeds": embeds,
             "attention_mask": mask[..., :limit],
             "position_ids": inputs["position_ids"],
-            "places": home.places(embeds.shape[1]),
+            "places": graph_cache.places(embeds.shape[1]),
         }
         key = scale, embeds.shape[1], limit
-        if key not in home.graphs:
-            home.graphs[key] = self._recorded(home, limit, tensors)
-        graph = home.graphs[key]
+        if key not in graph_cache.graphs:
+            graph_cache.graphs[key] = self._recorded(graph_cache, limit, tensors)
+        graph = graph_cache.graphs[key]
         if graph is None:
             return self.language_model(**inputs).last_hidden_state
         hidden = graph(tensors)
-        home.add(embeds.shape[1])
+        graph_cache.add(embeds.shape[1])
         return hidden
 
-    def _home(self, cache: Cache) -> Home:
-        home = next((home for home in self.homes if home.fits(cache)), None)
-        if home is None:
-            home = Home(cache)
-        else:
-            self.homes.remove(home)
-        self.homes = [home, *self.homes][:HOMES]
-        return home
+    def _recorded_state(self) -> list[Any]:
+        """What a recording holds fast beside shapes: the addresses of the weights, and which adapters are on."""
+        weights = [weight.data_ptr() for weight in self.language_model.parameters()]
+        if weights != self.weights:  # adapters do not come or go without it
+            every = self.language_model.modules()
+            self.weights, self.adapted = weights, [one for one in every if hasattr(one, "base_layer")]
+        return [*weights, *((one.disable_adapters, tuple(one.active_adapters)) for one in self.adapted)]
 
-    def _recorded(self, home: Home, limit: int, tensors: dict[str, torch.Tensor]) -> Recording | None:
+    def _graph_cache(self, cache: Cache) -> GraphCache:
+        graph_cache = next((graph_cache for graph_cache in self.graph_caches if graph_cache.fits(cache)), None)
+        if graph_cache is None:
+            graph_cache = GraphCache(cache)
+        else:
+            self.graph_caches.remove(graph_cache)
+        self.graph_caches = [graph_cache, *self.graph_caches][:GRAPH_CACHES]
+        return graph_cache
+
+    def _recorded(self, graph_cache: GraphCache, limit: int, tensors: dict[str, torch.Tensor]) -> Recording | None:
         """None if it cannot be done."""
         fused = bool((self.config.options or {}).get("fused_norms"))
-        language_model, cache = self.language_model, home.cache
+        language_model, cache = self.language_model, graph_cache.cache
 
         def run(step: Callable | None, places: torch.Tensor, **fixed: torch.Tensor) -> torch.Tensor:
             write_to(cache, places, limit)

@@ -18,7 +18,7 @@ def blobs(count: int = 4, size: int = 16, seed: int = 0) -> torch.Tensor:
     return F.interpolate(noise, size=size, mode="bicubic").sign().expand(-1, 3, -1, -1).contiguous()
 
 
-def wrong(model: VARTokenizer, ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+def pixel_loss(model: VARTokenizer, ids: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (B,) of each decoded picture, read as a mask of twice its side."""
     with torch.no_grad():
         *_, f_hat = model.quantize.accumulate(ids)
@@ -37,25 +37,25 @@ def test_it_mends_tokens_of_the_last_scale_and_no_others():
     plain, searched = model.encode(pictures), model.encode(pictures, search_steps=16)
     assert torch.equal(searched[:, :-LAST], plain[:, :-LAST])
     assert (searched[:, -LAST:] != plain[:, -LAST:]).any(1).all()
-    assert (wrong(model, searched, pictures) < 0.8 * wrong(model, plain, pictures)).all()
+    assert (pixel_loss(model, searched, pictures) < 0.8 * pixel_loss(model, plain, pictures)).all()
 
 
 def test_more_steps_are_better():
     model, pictures = local_tokenizer(), blobs(8)
-    means = [wrong(model, model.encode(pictures, steps), pictures).mean().item() for steps in (0, 4, 16, 64)]
+    means = [pixel_loss(model, model.encode(pictures, steps), pictures).mean().item() for steps in (0, 4, 16, 64)]
     assert means == sorted(means, reverse=True) and means[3] < 0.9 * means[1]
 
 
 def test_it_comes_near_to_trying_every_token():
     model, picture = local_tokenizer(), blobs(1)
     searched = model.encode(picture, 64)
-    best = wrong(model, searched, picture).item()
+    best = pixel_loss(model, searched, picture).item()
     for place in range(-LAST, 0):
         others = searched.repeat(CODES, 1)
         others[:, place] = torch.arange(CODES)
-        best = min(best, wrong(model, others, picture.expand(CODES, -1, -1, -1)).min().item())
-    plain = wrong(model, model.encode(picture), picture).item()
-    assert plain - wrong(model, searched, picture).item() > 0.8 * (plain - best)
+        best = min(best, pixel_loss(model, others, picture.expand(CODES, -1, -1, -1)).min().item())
+    plain = pixel_loss(model, model.encode(picture), picture).item()
+    assert plain - pixel_loss(model, searched, picture).item() > 0.8 * (plain - best)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -63,7 +63,7 @@ def test_no_picture_is_made_worse_where_a_cell_changes_the_whole_picture(seed):
     model = visual_tokenizer(seed)  # group normalisation and attention, as released
     pictures = blobs(6, seed=seed)
     plain, searched = model.encode(pictures), model.encode(pictures, search_steps=12)
-    assert (wrong(model, searched, pictures) <= wrong(model, plain, pictures) + 1e-6).all()
+    assert (pixel_loss(model, searched, pictures) <= pixel_loss(model, plain, pictures) + 1e-6).all()
     assert not torch.equal(searched, plain)
 
 
@@ -82,7 +82,7 @@ def test_flat_pictures_that_are_right_stay_as_they_are():
 
 
 def test_rare_codes_must_be_worth_their_price(monkeypatch):
-    monkeypatch.setattr(code_search, "PRICE", 0.5)  # much is wrong in the pictures of random weights
+    monkeypatch.setattr(code_search, "RATE_WEIGHT", 0.5)  # much is wrong in the pictures of random weights
     model, pictures = local_tokenizer(), blobs(8)
     free = model.encode(pictures, search_steps=32)
     frequency = torch.rand(CODES).pow(12) + 1e-6
@@ -90,14 +90,14 @@ def test_rare_codes_must_be_worth_their_price(monkeypatch):
     priced = model.encode(pictures, search_steps=32)
     surprise = -model.quantize.log_frequency(len(SIDES) - 1)
     assert surprise[priced[:, -LAST:]].mean() < 0.95 * surprise[free[:, -LAST:]].mean()
-    assert wrong(model, priced, pictures).mean() < wrong(model, model.encode(pictures), pictures).mean()
+    assert pixel_loss(model, priced, pictures).mean() < pixel_loss(model, model.encode(pictures), pictures).mean()
 
 
 def test_half_precision():
     model, pictures = local_tokenizer().to(torch.bfloat16), blobs(4)
     searched, plain = (model.encode(pictures.to(torch.bfloat16), steps) for steps in (16, 0))
     model.float()
-    assert wrong(model, searched, pictures).mean() < 0.9 * wrong(model, plain, pictures).mean()
+    assert pixel_loss(model, searched, pictures).mean() < 0.9 * pixel_loss(model, plain, pictures).mean()
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -131,7 +131,7 @@ def test_a_single_scale():
     model = visual_tokenizer(patch_nums=(4,), norm_num_groups=0, use_attention=False)
     pictures = blobs(2)
     plain, searched = model.encode(pictures), model.encode(pictures, search_steps=8)
-    assert (wrong(model, searched, pictures) < wrong(model, plain, pictures)).all()
+    assert (pixel_loss(model, searched, pictures) < pixel_loss(model, plain, pictures)).all()
 
 
 def test_the_default_model_keeps_more_of_a_thin_thing():

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import left_padded
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
@@ -347,16 +348,16 @@ class TestRecorded:
                 alone = single(inputs, row)
                 with torch.inference_mode(row == 3):
                     assert answers(run(model, alone, **options), alone) == [plain[row]]
-        homes = model._scale_graphs.homes
-        assert [home.cache.layers[0].keys.shape[0] for home in homes] == [1, 5]
-        assert all(None not in home.graphs.values() for home in homes)
+        graph_caches = model._scale_graphs.graph_caches
+        assert [graph_cache.cache.layers[0].keys.shape[0] for graph_cache in graph_caches] == [1, 5]
+        assert all(None not in graph_cache.graphs.values() for graph_cache in graph_caches)
 
     def test_one_recording_a_scale_reads_fixed_places(self, toy_folder, processor, inputs, options) -> None:
         model, played = load(toy_folder), []
         alone, other = single(inputs, 0), single(inputs, 4)
         plain = [answers(run(model, one), one) for one in (alone, other)]
         run(model, alone, **options)
-        model._scale_graphs.homes = []
+        model._scale_graphs.graph_caches = []
 
         def record(call, device):
             """Gives what a graph would: the first result's place, from the places that the first run read."""
@@ -373,7 +374,7 @@ class TestRecorded:
         lengths = passes(model)
         for one, expected in zip((alone, other, alone), [*plain, plain[0]], strict=True):
             assert answers(run(model, one, **options), one) == expected
-        assert len(played) == 3 * 3 and len(set(played)) == 3 and len(model._scale_graphs.homes) == 1
+        assert len(played) == 3 * 3 and len(set(played)) == 3 and len(model._scale_graphs.graph_caches) == 1
         assert len(lengths) == 3 * (1 + 3) + 3  # three prefills, three pictures, and each scale once to be recorded
 
     def test_caches_that_were_handed_out_stay_as_they_are(self, toy_folder, inputs, options) -> None:
@@ -394,7 +395,7 @@ class TestRecorded:
             raise RuntimeError("operation not permitted when stream is capturing")
 
         run(model, alone, **options)
-        model._scale_graphs.record, model._scale_graphs.homes = refuse, []
+        model._scale_graphs.record, model._scale_graphs.graph_caches = refuse, []
         with pytest.warns(UserWarning, match="could not be recorded.*not permitted"):
             assert answers(run(model, alone, **options), alone) == plain
 
@@ -429,13 +430,13 @@ class TestRecorded:
                 with torch.inference_mode(again):
                     assert answers(run(model, one, **options), one) == expected
                 found.append(len(graphs))
-        homes = model._scale_graphs.homes
-        assert not [graph for home in homes for graph in home.graphs.values() if graph is None]
-        recorded = {(id(home), *key[1:]) for home in homes for key in home.graphs}
+        graph_caches = model._scale_graphs.graph_caches
+        assert not [graph for graph_cache in graph_caches for graph in graph_cache.graphs.values() if graph is None]
+        recorded = {(id(graph_cache), *key[1:]) for graph_cache in graph_caches for key in graph_cache.graphs}
         assert len(graphs) == len(model._scale_graphs.calls) == len(recorded)
         assert found == [3, 6, 6, 6, 9, 9, 9, 9, 9, 9], "lengths of scales, times the three shapes of caches"
         assert copy.deepcopy(model)._scale_graphs.calls == {}
-        model._scale_graphs.homes = []  # what was compiled is kept
+        model._scale_graphs.graph_caches = []  # what was compiled is kept
         assert answers(run(model, cases[1], **options), cases[1]) == plain[1] and len(graphs) == found[-1]
         assert not any("forward" in vars(module) for module in model.model.language_model.modules())
 
@@ -473,18 +474,32 @@ class TestRecorded:
             assert answers(run(model, alone, **options), alone) == plain
         (said,) = [str(one.message) for one in warned if "could not be compiled" in str(one.message)]
         assert why in said
-        graphs = model._scale_graphs.homes[0].graphs
+        graphs = model._scale_graphs.graph_caches[0].graphs
         assert len(graphs) == len(SIZES) - 1 and None not in graphs.values()
 
     def test_weights_that_moved_are_recorded_anew(self, toy_folder, inputs, options) -> None:
         model, alone = load(toy_folder), single(inputs, 0)
         run(model, alone, **options)
-        before = list(model._scale_graphs.homes[0].graphs.values())
+        before = list(model._scale_graphs.graph_caches[0].graphs.values())
         norm = model.model.language_model.norm
         norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
         run(model, alone, **options)
-        assert not set(before) & set(model._scale_graphs.homes[0].graphs.values())
-        assert copy.deepcopy(model)._scale_graphs.homes == []
+        assert not set(before) & set(model._scale_graphs.graph_caches[0].graphs.values())
+        assert copy.deepcopy(model)._scale_graphs.graph_caches == []
+
+    def test_adapters_that_were_switched_are_recorded_anew(self, toy_folder, inputs, options) -> None:
+        model, alone = load(toy_folder), single(inputs, 0)
+        run(model, alone, **options)  # without any
+        torch.manual_seed(0)
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, lora_alpha=64)
+        model.add_adapter(config)
+        played = []
+        for switch in (None, model.disable_adapters, None, model.enable_adapters):
+            if switch is not None:
+                switch()
+            run(model, alone, **options)
+            played.append(set(model._scale_graphs.graph_caches[0].graphs.values()))
+        assert played[1] == played[2] and not played[0] & played[1] and not played[1] & played[3]
 
 
 class FakeCuda:

@@ -159,7 +159,7 @@ def test_flash_attention_reads_blocks_one_by_one() -> None:
     for scale_attention, expected in (("causal", [[1, 2], [3]]), ("block", [[1], [2], [3]])):
         net = tiny.model(scale_attention=scale_attention)
         net.model.language_model.config._attn_implementation = "flash_attention_2"
-        rows: Any = SimpleNamespace(given=codes(1, WHOLE[1]), logprobs=[[]], waiting=torch.tensor([True]))
+        rows: Any = SimpleNamespace(prefix=codes(1, WHOLE[1]), logprobs=[[]], waiting=torch.tensor([True]))
         assert [list(scales) for scales in net._passes(rows, 4)] == expected
 
 

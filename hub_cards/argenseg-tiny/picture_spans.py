@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+VISUAL_TOKEN = "<visual token {:06d}>"  # of each codebook index
+
 
 @dataclass(frozen=True)
 class PictureSpan:
