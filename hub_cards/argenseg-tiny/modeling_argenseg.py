@@ -113,7 +113,8 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
         self.quantizer = MultiScaleQuantizer(pictures).requires_grad_(False)
         self.post_init()
         # of layers that are here: CLIP, for one, also names those of its text model, and sharding would look for them
-        self._no_split_modules = {type(one).__name__ for one in self.modules()} & set(self._no_split_modules or ())
+        named = set(getattr(self, "_no_split_modules", None) or ())
+        self._no_split_modules = named & {type(one).__name__ for one in self.modules()}
         # rows of the embedding, and of a head tied to it, are read by hand: in tensor parallelism they stay whole
         self._tp_plan.pop("vlm.language_model.embed_tokens", None)
 

@@ -91,8 +91,8 @@ def test_the_parts_that_libraries_ask_for():
     assert net.get_encoder("image") is net.model.get_encoder("image") is net.model.vlm.vision_tower
     assert net.get_decoder() is net.model.language_model
     clip = {"CLIPEncoderLayer", "CLIPVisionEmbeddings"}  # CLIPTextEmbeddings is none of its layers
-    for net, tower in ((net, {"InternVLVisionLayer"}), (tiny.model(tiny.llava_config()), clip)):
-        assert set(net._no_split_modules) == set(net.model._no_split_modules) == {"LlamaDecoderLayer"} | tower
+    for one, tower in ((net, {"InternVLVisionLayer"}), (tiny.model(tiny.llava_config()), clip)):
+        assert set(one._no_split_modules) == set(one.model._no_split_modules) == {"LlamaDecoderLayer"} | tower
 
 
 @pytest.mark.parametrize(
