@@ -7,10 +7,14 @@ They are trained whole, beside the adapters.
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import find_adapter_config_file
 
 LANGUAGE_MODEL = r"model\.vlm\.language_model\."
 TARGETS = {
@@ -19,6 +23,42 @@ TARGETS = {
 }
 # "model." before them: a vision tower may have a position_embedding of its own
 NEW_MODULES = ("model.scale_embedding", "model.position_embedding")
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder or Hub repository holds adapters, which need the model that they were trained on."""
+    return find_adapter_config_file(str(name)) is not None
+
+
+def refuse_adapters(name: str | Path) -> None:
+    """Raises ValueError: a folder or Hub repository holds adapters, where a whole model is needed."""
+    if is_adapter(name):
+        raise ValueError(
+            f"adapters alone; first make a whole model of them: python -m trl_recipes.export --model {name}"
+        )
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether the weights under the adapters, if it has any, are packed into few bits."""
+    return bool(getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "is_quantized", False))
+
+
+def dtype_to_load(name: str, wanted: Any) -> Any:
+    """The dtype for `from_pretrained`: as `wanted`, but weights that lie there quantised have theirs already."""
+    return "auto" if getattr(AutoConfig.from_pretrained(name), "quantization_config", None) else wanted
+
+
+def load_whole(name: str | Path) -> Any:
+    """A model in single precision; of a folder of adapters their base with the adapters worked in.
+
+    Raises:
+        ValueError: its weights are quantised, and cannot be had in single precision.
+    """
+    base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter(name) else name
+    if getattr(AutoConfig.from_pretrained(base), "quantization_config", None):
+        raise ValueError(f"the weights of {base} are quantised: take the model that they were made of")
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(name)).merge_and_unload() if is_adapter(name) else model
 
 
 @dataclass

@@ -5,6 +5,7 @@
 The model's weights are rounded to fp16 in the file, while `config.json` says float32, so that `from_pretrained` runs in
 fp32 everywhere at half the download. Visual tokenizer and codebook stay fp32 where rounding would change a number (with
 other numbers the nearest codes come out different); those of `train_visual_tokenizer` are fp16 numbers already.
+Of adapters, such as training with --load_in_4bit leaves them, it makes a whole model.
 Files that are in the output folder and that no part writes (such as the card) are left alone.
 """
 
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoProcessor
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
+from .adapters import load_whole
 from .command_line import errors_in_a_line, loading
 
 
@@ -63,11 +65,11 @@ def export(
     """Model, processor, tokenizers, generation config and the code of `source`, ready to publish in `output`.
 
     Raises:
-        ValueError: there is no such model, or its weights do not fit into half precision.
+        ValueError: there is no such model, or its weights are quantised, or do not fit into half precision.
     """
     output = Path(output)
     with loading(str(source)):
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        model = load_whole(source)
         processor = AutoProcessor.from_pretrained(source)
     model.config.visual_tokenizer_config.name_or_path = ""  # no paths of the machine that trained it
     set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)

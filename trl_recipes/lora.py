@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import modeling_argenseg  # registers the Auto classes
 
-from .adapters import AdapterSizes, add_adapters, lora_config
+from .adapters import AdapterSizes, add_adapters, dtype_to_load, is_adapter, is_quantised, lora_config, refuse_adapters
 from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingEvaluation, DrawingTrainer
 from .export import set_picture_options
@@ -120,6 +120,9 @@ class MaskEvaluation(DrawingEvaluation):
         self.processor, self.validation, self.shown = processor, validation, shown
         adjust_fsdp(self, evaluates(self.args))
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: what trainers know is not what this model is; `trl_recipes.hub_card` writes one."""
+
     def evaluate_drawing(self) -> dict[str, float]:
         metrics, grid = evaluate_rows(
             self.model,
@@ -169,9 +172,12 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, it is of another kind, or without its visual tokenizer.
     """
+    # from everywhere: adapters remember what they are of
+    name = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
     with loading(recipe.model):
-        processor = AutoProcessor.from_pretrained(recipe.model)
-        model = AutoModelForImageTextToText.from_pretrained(recipe.model, dtype=torch.float32)
+        refuse_adapters(name)
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype_to_load(name, torch.float32))
     check_model(recipe.model, model, processor)
     recipe.set_search_steps(processor)
     if recipe.picture_logit_adjustment is not None:
@@ -329,7 +335,7 @@ def train(trainer: MaskTrainer) -> Path:
     """Trains, goes on where a run was stopped, and writes adapters and the merged model. Returns the merged folder."""
     output = train_and_draw_curve(trainer)
     save_adapter(trainer, output / "adapter")
-    return save_merged(whole_adapted(trainer, output / "adapter"), trainer.processor, output / "merged")
+    return merge_adapters(trainer, output / "adapter")
 
 
 def train_and_draw_curve(trainer: MaskEvaluation) -> Path:
@@ -361,6 +367,19 @@ def check_best(training: TrainingArguments, found: dict[str, float]) -> None:
     if training.load_best_model_at_end and name not in found:
         names = ", ".join(one.removeprefix("eval_") for one in found)
         raise ValueError(f"--metric_for_best_model {name.removeprefix('eval_')}: these validation data give {names}")
+
+
+def merge_adapters(trainer: MaskEvaluation, adapter: Path) -> Path:
+    """`merged/` in the output folder, with the adapters that were saved in `adapter`. Quantised weights would round
+    them away: there the adapters stay what they are, and get the processor. Returns the folder to load."""
+    if not is_quantised(trainer.accelerator.unwrap_model(trainer.model)):
+        return save_merged(
+            whole_adapted(trainer, adapter), trainer.processor, Path(trainer.args.output_dir or ".") / "merged"
+        )
+    if trainer.is_world_process_zero():
+        trainer.processor.save_pretrained(adapter)
+    PartialState().wait_for_everyone()
+    return adapter
 
 
 def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:
@@ -397,6 +416,10 @@ def report(trainer: MaskEvaluation, folder: Path) -> None:
     best = trainer.state.best_model_checkpoint
     if trainer.args.load_best_model_at_end and best:
         print(f"kept: {Path(best).name}, the best on validation")
+    if is_adapter(folder):
+        print("adapters on quantised weights; this makes a whole model of them:")
+        print(f"python -m trl_recipes.export --model {folder} --output {folder}-whole")
+        return
     print(f'use it: pipeline("image-segmentation", model="{folder}")')
 
 

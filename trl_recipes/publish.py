@@ -22,6 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import LocalTokenNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from .adapters import refuse_adapters
+
 KINDS = ("model", "metric", "space")
 NEEDED = {
     "model": [
@@ -69,10 +71,12 @@ def inspect(folder: Path, kind: str, repo_id: str | None = None) -> Inspection:
     """Looks at a folder as it would be pushed.
 
     Raises:
-        ValueError: there is no such folder.
+        ValueError: there is no such folder, or a model's holds nothing but adapters.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}")
+    if kind == "model":
+        refuse_adapters(folder)
     found = Inspection()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -30,7 +30,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
-from .adapters import lora_config
+from .adapters import dtype_to_load, is_quantised, lora_config, refuse_adapters
 from .command_line import errors_in_a_line, loading, needing
 from .lora import (
     MaskEvaluation,
@@ -39,15 +39,15 @@ from .lora import (
     check_model,
     evaluates,
     load_data,
+    merge_adapters,
     report,
-    save_merged,
     train_and_draw_curve,
 )
 from .mask_data import MaskCollator, check_requests, tokenise_masks
 from .mask_data.arguments import MaskDataArguments
 from .resume import where_to_go_on
 from .run_settings import run_settings, start_run
-from .sharded import refuse_zero3, save_whole, whole_adapted
+from .sharded import refuse_zero3, save_whole
 from .training_options import refuse, refuse_ignored, refuse_several_gpus
 
 with needing("train", __name__):
@@ -89,14 +89,18 @@ def load_model(args: ModelConfig) -> tuple[Any, Any]:
     name = args.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model_name_or_path, a folder or a Hub name")
+    # from everywhere: adapters remember what they are of
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    quantization = get_quantization_config(args)  # None would hide that of the folder
     with loading(name):
+        refuse_adapters(name)
         processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=args.model_revision,
-            dtype=args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype),
+            dtype=dtype_to_load(name, args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)),
             attn_implementation=args.attn_implementation,
-            quantization_config=get_quantization_config(args),
+            **({} if quantization is None else {"quantization_config": quantization}),
         )
     check_model(name, model, processor)
     return model, processor
@@ -124,7 +128,7 @@ def freeze(model: Any, train_vision_tower: bool) -> None:
     Raises:
         ValueError: the weights are quantised, and only adapters on them can train.
     """
-    if getattr(model, "is_quantized", False):
+    if is_quantised(model):
         raise ValueError("quantised weights cannot train whole: add --use_peft")
     if not train_vision_tower:
         tower = model.model.vlm.get_encoder("image")
@@ -187,8 +191,19 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
         validation=validation,
         shown=recipe.shown_samples,
     )
+    if config is not None:
+        restore_dtypes(trainer.model)
     tell_sizes(trainer)
     return trainer
+
+
+def restore_dtypes(adapted: PeftModel) -> None:
+    """On quantised weights TRL makes bf16 of all that trains. Adapters are to be in single precision, or small updates
+    are lost, and what trains whole as the weights that it stands for."""
+    usual = adapted.get_base_model().get_input_embeddings().weight.dtype
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if "lora_" in name else usual)
 
 
 def tell_sizes(trainer: MaskEvaluation) -> None:
@@ -215,9 +230,8 @@ def train(trainer: MaskEvaluation) -> Path:
     save_whole(trainer, output)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel) and not getattr(model.get_base_model(), "is_quantized", False):
-        return save_merged(whole_adapted(trainer, output), trainer.processor, output / "merged")
+    if isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel):
+        return merge_adapters(trainer, output)
     return output
 
 

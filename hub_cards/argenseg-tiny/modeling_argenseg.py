@@ -57,9 +57,10 @@ class GenerationProjector(nn.Sequential):
         super().__init__(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features of any dtype; weights may be of another, or packed by a quantizer and no parameters any more."""
-        weight = next(self.parameters(), features)
-        return super().forward(features.to(weight.dtype))
+        """Features of any dtype; weights may be of another (that of the active adapter counts, where there is one), or
+        packed by a quantizer and no tensors any more."""
+        weight = getattr(self[0], "weight", None)
+        return super().forward(features.to(weight.dtype) if isinstance(weight, torch.Tensor) else features)
 
 
 class ARGenSegPreTrainedModel(PreTrainedModel):

@@ -281,7 +281,12 @@ class ARGenSegProcessor(SegmentationProcessingMixin, ProcessorMixin):
         # fp32: in bf16 the nearest codebook entries, that is the ids, come out different
         try:
             return AutoModel.from_pretrained(
-                path, subfolder=subfolder, dtype=torch.float32, **hub_kwargs, **remote_code
+                path,
+                subfolder=subfolder,
+                dtype=torch.float32,
+                adapter_kwargs={"subfolder": subfolder},  # adapters beside it are the model's
+                **hub_kwargs,
+                **remote_code,
             )
         except ValueError as error:
             hint = "import modeling_argenseg first, or pass trust_remote_code=True"

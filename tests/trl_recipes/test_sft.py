@@ -14,11 +14,12 @@ import yaml
 from adapted import check_what_moved
 from own_masks import STEPS, trl_command
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 from trl import SFTTrainer
 
-from trl_recipes import sft
-from trl_recipes.lora import read_metrics
+from trl_recipes import publish, sft
+from trl_recipes.export import export
+from trl_recipes.lora import read_metrics, report
 
 
 def prepared(arguments: list[str]) -> sft.MaskSFTTrainer:
@@ -64,6 +65,7 @@ def test_full_training_learns_the_new_masks(full):
     check_learned(full)
     for name in ("check_masks.png", "learning_curve.png", f"drawn-{STEPS:06d}.png", "visual_tokenizer/config.json"):
         assert (full / name).is_file()
+    assert not (full / "README.md").exists()  # TRL's would say that this is a model for text
 
 
 def test_full_training_moves_all_but_the_vision_tower_and_the_codebook(full, toy_folder):
@@ -107,6 +109,63 @@ def test_new_token_rows_train_beside_the_adapters(fresh_folder, data, tmp_path):
     sft.main(trl_command("sft_lora", fresh_folder, data, tmp_path / "out", **quick))
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged")
     check_what_moved(AutoModelForImageTextToText.from_pretrained(fresh_folder).state_dict(), merged, new_parts=True)
+
+
+def test_adapters_on_weights_in_half_precision_are_in_single(fresh_folder, data, tmp_path):
+    """TRL makes bf16 of them where the weights are quantised."""
+    quick = {"max_steps": 2, "eval_steps": 2, "save_strategy": "no", "dtype": "bfloat16"}
+    trainer = prepared(trl_command("sft_lora", fresh_folder, data, tmp_path / "out", **quick))
+    trainer.model.to(torch.bfloat16)
+    sft.restore_dtypes(trainer.model)
+    trained = {name: one.dtype for name, one in trainer.model.named_parameters() if one.requires_grad}
+    assert {dtype for name, dtype in trained.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in trained.items() if "modules_to_save" in name} == {torch.bfloat16}
+    folder = sft.train(trainer)
+    assert AutoModelForImageTextToText.from_pretrained(folder).dtype == torch.bfloat16
+
+
+def test_adapters_can_be_loaded_made_whole_and_not_gone_on_from(with_adapters, toy_folder, data, tmp_path, monkeypatch):
+    """What training on quantised weights leaves: adapters and a processor in one folder."""
+    monkeypatch.chdir(tmp_path)  # and they know their base from everywhere
+    processor = AutoProcessor.from_pretrained(with_adapters)
+    assert processor.visual_tokenizer is not None
+    merged = AutoModelForImageTextToText.from_pretrained(with_adapters / "merged")
+    whole = AutoModelForImageTextToText.from_pretrained(export(with_adapters, tmp_path / "whole"))
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+    with pytest.raises(SystemExit, match="adapters alone; first make a whole model of them"):
+        sft.main(trl_command("sft_full", with_adapters, data, tmp_path / "out"))
+    with pytest.raises(ValueError, match="adapters alone; first make a whole model of them"):
+        publish.inspect(with_adapters, "model")
+
+
+def test_adapters_on_quantised_weights_are_left_as_they_are(toy_folder, data, tmp_path, capsys):
+    quick = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
+    trainer = prepared(trl_command("sft_lora", toy_folder, data, tmp_path / "out", **quick))
+    trainer.model.get_base_model().is_quantized = True
+    folder = sft.train(trainer)
+    report(trainer, folder)
+    assert folder == tmp_path / "out" and not (folder / "merged").exists()
+    assert f"python -m trl_recipes.export --model {folder} --output {folder}-whole" in capsys.readouterr().out
+
+
+def test_a_folder_of_quantised_weights_says_itself_how_it_is_loaded(toy_folder, data, tmp_path, monkeypatch):
+    folder = shutil.copytree(toy_folder, tmp_path / "packed")
+    config = json.loads((folder / "config.json").read_text())
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    seen = {}
+
+    def from_pretrained(name, **options):
+        seen.update(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(sft.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    with pytest.raises(SystemExit, match="enough"):
+        sft.main(trl_command("sft_lora", folder, data, tmp_path / "out"))
+    assert seen["dtype"] == "auto" and "quantization_config" not in seen
+    with pytest.raises(ValueError, match="the weights of .*packed are quantised: take the model"):
+        export(folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("config", ["sft_full", "sft_lora"])
