@@ -134,7 +134,7 @@ def describe(case: Any, args: argparse.Namespace) -> dict[str, Any]:
         "answer": len(case.answer_ids),
         "parameters": case.model.num_parameters(),
         "dtype": args.dtype,
-        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(args.device),
+        "device": torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else args.device,
         "threads": torch.get_num_threads(),
         "attention": case.model.model.language_model.config._attn_implementation,
         "cache": "static" if args.static else "dynamic",
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         report["start_up"] = start_up()
         print("\n" + "\n".join(f"{name}: {value:.3g}" for name, value in report["start_up"].items()))
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

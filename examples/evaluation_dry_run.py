@@ -11,7 +11,6 @@ It is a program beside the command, not an option of it: what a user runs holds 
 """
 
 import argparse
-import resource
 import sys
 import tempfile
 import time
@@ -59,6 +58,8 @@ class Stub:
 
 def peak_megabytes() -> float:
     """Largest memory of this process so far."""
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 

@@ -385,7 +385,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("prompts", metavar="prompt", nargs="+", help='what to segment, such as "the left dog"')
     add("--model", default=DEFAULT_MODEL, help=f"folder or Hub name (default: {DEFAULT_MODEL})")
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="folder to write into (default: outputs/)")
-    add("--device", help="cpu, cuda, cuda:1, mps ... (default: cuda if there is one, else cpu)")
+    add("--device", help="cpu, cuda, cuda:1, mps ... (default: the GPU, if there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, as saved)")
     add("--zoom", action="store_true", help="draw every mask again from nearer: finer, and slower")
     add(
@@ -432,7 +432,8 @@ def run(arguments: argparse.Namespace) -> None:
         InputError: the input is at fault.
     """
     image = check(arguments)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device = arguments.device or (accelerator.type if accelerator else "cpu")
     say(f"loading {arguments.model} ...")
     model, processor = load(arguments.model, device, arguments.dtype)
     prepare_folder(arguments.output)

@@ -172,8 +172,8 @@ def picture_to_map(picture: torch.Tensor, size: tuple[int, int] | None) -> np.nd
     Returns:
         float32 array (height, width), or (h, w) when `size` is None.
     """
-    white_hw = (picture.float().mean(dim=0) / 2 + 0.5).clamp(0, 1)
+    white_hw = (picture.float().mean(dim=0) / 2 + 0.5).clamp(0, 1).cpu()
     if size is not None:
         # antialias only acts when shrinking, as PIL's own bilinear does
         white_hw = F.interpolate(white_hw[None, None], size=size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
-    return white_hw.cpu().numpy()
+    return white_hw.numpy()

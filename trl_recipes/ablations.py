@@ -112,9 +112,9 @@ def main(options: list[str], ablations: AblationArguments, recipe: SceneArgument
                 raise SystemExit(f"error: the run {name!r} failed; mend that and give the command again, which goes on")
         result = folder / "held_out.json"
         if not result.exists():
-            result.write_text(json.dumps(held_out(folder, recipe, ablations.validation_scenes)))
-        found[name] = json.loads(result.read_text())
-        (output / "ablations.md").write_text(table(found))
+            result.write_text(json.dumps(held_out(folder, recipe, ablations.validation_scenes)), encoding="utf-8")
+        found[name] = json.loads(result.read_text(encoding="utf-8"))
+        (output / "ablations.md").write_text(table(found), encoding="utf-8")
     print(table(found), flush=True)
 
 

@@ -1,8 +1,10 @@
 """What the commands have in common: how they say what is wrong with their input, and how a model is named."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +16,10 @@ OURS = ("modeling_argenseg", "processing", "trl_recipes")
 def errors_in_a_line() -> Iterator[None]:
     """A `ValueError` of this project's, which says what is wrong with the input, or an `ImportError` (see `needing`)
     ends the command with one line instead of a traceback. Those that come from deeper keep it: they say little
-    without."""
+    without. Output that goes to a file in an encoding without some character shows its number instead."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (ValueError, ImportError) as error:

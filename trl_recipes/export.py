@@ -30,7 +30,7 @@ def store_in_half(path: Path, exact: str) -> None:
     Raises:
         ValueError: a weight does not fit into fp16.
     """
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # the file is not mapped any more
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             continue
@@ -40,12 +40,14 @@ def store_in_half(path: Path, exact: str) -> None:
         if not bool(half.isfinite().all()):
             raise ValueError(f"{name} holds values beyond fp16's range; publish it in float32")
         tensors[name] = half
-    save_file(tensors, path, metadata={"format": "pt"})
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
 
 
 def require_float32(folder: Path) -> None:
     """Raises ValueError unless `config.json` makes `from_pretrained` load in float32."""
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("dtype") != "float32":
         raise ValueError(f"config.json says dtype {config.get('dtype')!r}; export from a float32 model")
 

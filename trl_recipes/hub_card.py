@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no model.
     """
     try:
-        pictures = json.loads((folder / "config.json").read_text())["visual_tokenizer_config"]
+        pictures = json.loads((folder / "config.json").read_text(encoding="utf-8"))["visual_tokenizer_config"]
     except (OSError, KeyError) as error:
         raise ValueError(f"{folder} holds no ARGenSeg model: {error!r}") from None
     parameters = 0
@@ -94,7 +94,9 @@ def read_folder(folder: Path) -> dict[str, Any]:
             names = [name for name in file.keys() if not name.endswith(USAGE)]  # noqa: SIM118 (no dict)
             shapes = [file.get_slice(name).get_shape() for name in names]
         parameters += sum(_product(shape) for shape in shapes)
-    scales = pictures["patch_nums"][: json.loads((folder / "config.json").read_text()).get("num_scales")]
+    scales = pictures["patch_nums"][
+        : json.loads((folder / "config.json").read_text(encoding="utf-8")).get("num_scales")
+    ]
     return {
         "parameters": parameters,
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
@@ -118,7 +120,7 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: it is not such a file, or the run was not complete.
     """
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         name = f"{result['task']}, {result['split']}, {result['protocol']}" + _told_options(result)
         settings, metrics = result["settings"], result["metrics"]
         samples = settings["samples"]

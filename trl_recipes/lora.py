@@ -150,7 +150,7 @@ class MaskTrainer(MaskEvaluation, DrawingTrainer):
 def read_metrics(output: Path) -> list[dict[str, float]]:
     """What was measured so far, in the order of the steps."""
     path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 # ---------------------------------------------------------------------- before the first step
@@ -394,8 +394,15 @@ def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:
         model = adapted.merge_and_unload()
         model.save_pretrained(part, save_original_format=False)
         processor.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.replace(folder)
+        try:
+            before = folder.with_name(folder.name + ".before")
+            shutil.rmtree(before, ignore_errors=True)
+            if folder.exists():
+                folder.replace(before)
+            part.replace(folder)
+        except OSError as error:  # as on Windows, where another program has it open
+            raise ValueError(f"{folder} cannot be replaced ({error}); the new model is in {part}") from error
+        shutil.rmtree(before, ignore_errors=True)
     state.wait_for_everyone()
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,19 @@ def _packed_masks(start: int) -> np.ndarray:
     return np.packbits(np.stack(masks), axis=-1) if masks else np.empty((0, 0, 0), np.uint8)
 
 
+def _set_scenes(scenes: SceneDataset) -> None:
+    global _scenes
+    _scenes = scenes
+
+
 def _preset_masks(scenes: SceneDataset, wanted: int, workers: int, label: str) -> np.ndarray:
     """The first `wanted` masks of the scenes, in order, whatever the number of processes."""
-    global _scenes
-    _scenes, found, count = scenes, [], 0
+    found, count = [], 0
+    _set_scenes(scenes)
     starts = range(0, len(scenes), SCENES_PER_TASK)
     # processes are never killed: one that died while it handed masks over would leave everybody waiting for its lock
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, mp_context=context) if workers > 1 else None
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _set_scenes, (scenes,)) if workers > 1 else None
     try:
         with tqdm(total=wanted, desc=label) as bar:
             for packed in pool.map(_packed_masks, starts) if pool else map(_packed_masks, starts):
@@ -73,6 +79,7 @@ def compose_masks(
     if len(packed) >= count:
         chosen = np.linspace(0, len(packed) - 1, count).round().astype(int)  # of all presets
         return np.unpackbits(packed[chosen], axis=-1).view(bool)
+    packed = ()  # no longer mapped, or some systems would not delete it
     if cache is not None:
         start_anew(cache, settings)
     bank, upto, have = SceneBank.from_folder(bank_folder, split), 0.0, 0
@@ -151,7 +158,7 @@ def uniform(seed: int, indices: torch.Tensor, draws: int) -> torch.Tensor:
     for factor in (0x7FEB352D, 0x846CA68B, 0x7FEB352D):
         bits = bits & 0xFFFFFFFF
         bits = ((bits ^ bits >> 16) * factor) & 0xFFFFFFFF
-    return (bits ^ bits >> 15).double().div(2**32).float().clamp(max=1 - 2**-24)
+    return (bits ^ bits >> 15).float().div(2**32).clamp(max=1 - 2**-24)  # no doubles: Apple GPUs have none
 
 
 class MaskPictures:

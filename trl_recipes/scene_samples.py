@@ -229,10 +229,11 @@ class PictureEncoder(nn.Module):
         """Masks (M, H, W / 8) as bits to the codebook indices (M, T) that stand in the stream, and the right ones."""
         channels = self.visual_tokenizer.config.num_channels
         with torch.autocast(bits.device.type, enabled=False):
-            pictures = 255 * unpack(bits)[:, None].double()
+            has_doubles = bits.device.type != "mps"
+            pictures = 255 * unpack(bits if has_doubles else bits.cpu())[:, None].double()
             for side in self.sizes:
                 pictures = resize_like_pillow(pictures, side)
-            pictures = (pictures.float() / 255 * 2 - 1).expand(-1, channels, -1, -1)
+            pictures = (pictures.float() / 255 * 2 - 1).to(bits.device).expand(-1, channels, -1, -1)
             drawn, right = self.quantise(self.visual_tokenizer.latent(pictures))
         if self.search_steps and self.count == drawn.shape[1]:
             drawn, last = self.visual_tokenizer.search(pictures, drawn, self.search_steps), self.patch_nums[-1] ** 2

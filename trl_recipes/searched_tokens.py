@@ -41,6 +41,7 @@ def searched_tokens(model: VARTokenizer, pictures: MaskPictures, steps: int, cac
     settings = {"tokenizer": fingerprint(model), "masks": hash_masks(pictures.masks), "search_steps": steps}
     found = np.load(cache, mmap_mode="r+") if was_made_of(cache, settings) else None
     if found is None or found.shape != shape:
+        found = None  # no longer mapped, or some systems would not delete it
         start_anew(cache, settings)
         found = np.lib.format.open_memmap(cache, mode="w+", dtype=np.int32, shape=shape)
         found[:] = MISSING

@@ -198,6 +198,10 @@ def edge_loss(pictures: torch.Tensor, white: torch.Tensor, counted: torch.Tensor
     return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 
+def as_batch(indices: list[int]) -> dict[str, torch.Tensor]:
+    return {"indices": torch.tensor(indices)}
+
+
 class TokenizerTrainer(Trainer):
     """`Trainer` whose batches are indices of `pictures`, in three phases, evaluated by `judge`."""
 
@@ -210,7 +214,7 @@ class TokenizerTrainer(Trainer):
         tokens: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, data_collator=lambda indices: {"indices": torch.tensor(indices)}, **kwargs)
+        super().__init__(*args, data_collator=as_batch, **kwargs)
         self.recipe, self.test_masks, self.pictures, self.tokens = recipe, test_masks, pictures, tokens
         self.parts: dict[str, torch.Tensor] = {}
         self.clock = Clock(recipe.minutes)

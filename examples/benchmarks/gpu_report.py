@@ -50,7 +50,7 @@ class Report:
     def write(self) -> None:
         if self.path is not None:
             new = self.path.with_name(self.path.name + ".new")
-            new.write_text(json.dumps(self.figures, indent=1) + "\n")
+            new.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
             new.replace(self.path)  # whole at any time
 
     def step(self, name: str, seconds: float, run: Callable[[], None]) -> None:

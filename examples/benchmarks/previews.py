@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for one in found["scales"]:
         print(f"| {one['scale']} | {one['iou']:.3f} | {one['of_final_iou']:.0%} | {one['of_time']:.0%} |")
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 

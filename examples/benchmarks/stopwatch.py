@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,8 +15,8 @@ PARTS = ("vision", "prefill", "text", "scales", "text head", "visual head", "dec
 
 def now(device: torch.device) -> float:
     """Seconds, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -103,14 +102,16 @@ def peak_memory(device: torch.device) -> Iterator[list[float]]:
         with suppress(OSError, AttributeError):  # glibc: gives back what was freed, or others' garbage would count
             ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):  # Linux: begins a new peak; elsewhere it is the peak since the process began
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     yield found
     if device.type == "cuda":
         found.append(torch.cuda.max_memory_allocated(device) / 2**20)
         return
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         found.append(int(line.split()[1]) / 1024)
     else:
+        import resource  # not on Windows
+
         found.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

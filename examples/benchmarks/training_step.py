@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = make_parser().parse_args(arguments)
     found = throughput(args) if args.throughput else memory(args)
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         size = f"{row['above']:.0%} to {row['up_to']:.0%} of the image"
         print(f"| {size} | {row['count']} | {' | '.join(f'{iou:.3f}' for iou in row['iou'])} |")
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.picture is not None:
         save_picture(show(samples, looks), args.picture)
     return found

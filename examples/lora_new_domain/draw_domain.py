@@ -134,7 +134,7 @@ def write_split(folder: Path, count: int, seed: int) -> int:
                 path = f"masks/{name}_{thing}.png"
                 Image.fromarray(mask).save(folder / path)
                 rows.append((f"images/{name}.png", prompt, path))
-    with (folder / "prompts.csv").open("w", newline="") as file:
+    with (folder / "prompts.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "prompt", "mask"), *rows])
     return len(rows)
 

@@ -91,7 +91,7 @@ def run(model: str, output: Path, results: Path, train: int, validation: int, fu
     if results != output:
         shutil.copy(output / "learning_curve.png", results)
     before_and_after(output / "drawn-000000.png", output / f"drawn-{step:06d}.png").save(results / "before_after.png")
-    (results / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    (results / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 

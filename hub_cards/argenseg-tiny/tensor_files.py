@@ -96,7 +96,7 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
         return read_header(folder / WEIGHTS)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{index} is not the index of a sharded checkpoint ({error!r})") from error
     entries: dict[str, StoredTensor] = {}

@@ -121,7 +121,7 @@ class MultiScaleQuantizer(nn.Module):
     def query_features(self, f_hat_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
         """Features (B, p_k^2, D) of the queries of `scale`, from the f_hat of the scales before it."""
         side = self.patch_nums[scale]
-        return F.interpolate(f_hat_BDhw, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+        return area(f_hat_BDhw, side).flatten(2).transpose(1, 2)
 
     def next_scale_inputs(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Teacher-forcing features (B, T - 1, D): row i is the query for token i + 2 (VAR's `idxBl_to_var_input`)."""
@@ -134,7 +134,7 @@ class MultiScaleQuantizer(nn.Module):
     def rest_at_scale(self, rest_BDhw: torch.Tensor, scale: int) -> torch.Tensor:
         """The residual, reduced to the side of `scale` and laid out as (B * p_k^2, D)."""
         side = self.patch_nums[scale]
-        reduced = rest_BDhw if side == self.side else F.interpolate(rest_BDhw, size=(side, side), mode="area")
+        reduced = rest_BDhw if side == self.side else area(rest_BDhw, side)
         return reduced.permute(0, 2, 3, 1).flatten(0, 2)
 
     @torch.no_grad()
@@ -156,6 +156,13 @@ class MultiScaleQuantizer(nn.Module):
                 rest = rest - self.contribution(ids_Bl, scale)
                 ids.append(ids_Bl)
             return torch.cat(ids, dim=1)
+
+
+def area(values_BDhw: torch.Tensor, side: int) -> torch.Tensor:
+    """Means over areas (B, D, side, side). Apple GPUs make them only of sides that divide: the CPU makes the others."""
+    if values_BDhw.device.type == "mps" and values_BDhw.shape[-1] % side:
+        return F.interpolate(values_BDhw.cpu(), size=(side, side), mode="area").to(values_BDhw.device)
+    return F.interpolate(values_BDhw, size=(side, side), mode="area")
 
 
 __all__ = ["MultiScaleQuantizer", "Phi", "SharedPhi"]

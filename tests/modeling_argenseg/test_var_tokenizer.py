@@ -6,7 +6,7 @@ from tiny import CODES, SIDES, T, tokenizer_config, visual_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModel
 
-from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
+from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig, var_quantizer
 from modeling_argenseg.var_quantizer import SharedPhi
 
 
@@ -168,6 +168,26 @@ def test_a_call_gives_tokens_and_what_they_say():
     assert torch.equal(out.reconstruction, model.decode(out.visual_ids)) and not out.reconstruction.requires_grad
     picture, ids = model(square(2), return_dict=False)
     assert torch.equal(picture, out.reconstruction) and torch.equal(ids, out.visual_ids)
+
+
+def test_areas_that_an_apple_gpu_cannot_make_are_made_on_the_cpu(monkeypatch):
+    """Its areas must divide the picture, which 16 cells of the paper's scales do not."""
+    values, asked = torch.randn(1, 2, 4, 4), set()
+    plain = {side: var_quantizer.area(values, side) for side in (2, 3)}
+
+    class OnMPS(torch.Tensor):
+        device = torch.device("mps")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    real = F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, **options: asked.add(type(x)) or real(x, **options))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: self)
+    for side, kind in ((2, OnMPS), (3, torch.Tensor)):
+        asked.clear()
+        assert torch.equal(var_quantizer.area(values.as_subclass(OnMPS), side).as_subclass(torch.Tensor), plain[side])
+        assert asked == {kind}
 
 
 def test_save_and_load(tmp_path):

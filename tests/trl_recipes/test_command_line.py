@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,16 @@ from trl_recipes import evaluate, export, lora, naming, reconstruction, sft, tra
 from trl_recipes.command_line import errors_in_a_line, loading
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_output_in_a_poor_encoding_is_no_error(monkeypatch):
+    """A file or pipe on Windows, say: what it cannot hold is told by number."""
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding="cp1252"))
+    with errors_in_a_line():
+        print("das Schaf, \u7f8a")
+    sys.stdout.flush()
+    assert written.getvalue() == b"das Schaf, \\u7f8a\n"
 
 
 def run_evaluate(model, bank, output):

@@ -126,6 +126,16 @@ def test_values_beyond_half_precision_are_refused(learned_folder, tmp_path):
         export(large, tmp_path / "out")
 
 
+def test_weights_are_replaced_not_written_over(exported, learned_folder, tmp_path):
+    """Some systems do not write over a file that is still mapped, as that of weights that somebody uses."""
+    file, in_use = tmp_path / "model.safetensors", tmp_path / "in_use.safetensors"
+    shutil.copyfile(learned_folder / "model.safetensors", file)
+    in_use.hardlink_to(file)
+    before = in_use.read_bytes()
+    store_in_half(file, ".quantizer.")
+    assert in_use.read_bytes() == before != file.read_bytes() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_folder_that_would_load_in_half_precision_is_refused(exported, tmp_path):
     config = json.loads((exported / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))

@@ -266,6 +266,26 @@ def test_the_logit_adjustment_is_the_models_own_unless_it_is_given(known_folder,
         assert again.generation_config.picture_logit_adjustment == expected
 
 
+def test_a_merged_model_that_is_in_use_stays_whole(known_folder, tmp_path, monkeypatch):
+    model, processor = lora.load_model(lora.LoraArguments(model=str(known_folder), data="none"), on_cpu=True)
+    folder = shutil.copytree(known_folder, tmp_path / "merged")
+    before = sorted(path.name for path in folder.iterdir())
+
+    replace = Path.replace
+
+    def in_use(self, target):  # as on Windows
+        if self == folder:
+            raise PermissionError(f"{self} is open")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", in_use)
+    adapted, _ = add_adapters(model, lora_config(model, 1, max_share=0.5), 0.5)
+    with pytest.raises(ValueError, match=r"merged cannot be replaced .*; the new model is in .*merged.part"):
+        lora.save_merged(adapted, processor, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (tmp_path / "merged.part" / "model.safetensors").is_file()
+
+
 def test_how_long_masks_are_searched_for_goes_with_the_processor(known_folder, data, tmp_path):
     ids = {}
     for steps in (None, 6):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from modeling_argenseg import MultiScaleQuantizer, VARTokenizer, VARTokenizerConfig
-from trl_recipes import train_visual_tokenizer
+from trl_recipes import masks, train_visual_tokenizer
 from trl_recipes.codebook import assign, fit_codebook, follow, revive, uses_per_picture
 from trl_recipes.masks import MaskPictures, compose_masks, uniform
 from trl_recipes.searched_tokens import searched_tokens
@@ -103,7 +103,9 @@ def test_of_more_masks_that_were_put_there_those_of_all_presets_are_taken(bank_f
     assert np.array_equal(compose_masks(bank_folder, "train", 3, seed=0, cache=cache), masks[[0, 5, 10]])
 
 
-def test_masks_are_the_same_for_any_number_of_processes(bank_folder):
+@pytest.mark.parametrize("platform", ["linux", "darwin"])  # forked, and begun anew
+def test_masks_are_the_same_for_any_number_of_processes(bank_folder, platform, monkeypatch):
+    monkeypatch.setattr(masks, "sys", SimpleNamespace(platform=platform))
     alone, shared = (compose_masks(bank_folder, "train", 70, seed=0, workers=workers) for workers in (1, 3))
     assert np.array_equal(alone, shared)
 
@@ -159,6 +161,7 @@ def test_larger_pictures_show_the_same():
 
 def test_random_numbers_of_indices_are_even_and_unrelated():
     drawn = uniform(1, torch.arange(20_000), 3)
+    assert len(set(drawn.flatten().tolist())) > 59_000  # as many as 24 bits let one expect
     assert drawn.min() >= 0 and drawn.max() < 1
     torch.testing.assert_close(drawn.mean(0), torch.full((3,), 0.5), atol=0.01, rtol=0)
     torch.testing.assert_close(torch.corrcoef(drawn.T), torch.eye(3), atol=0.03, rtol=0)

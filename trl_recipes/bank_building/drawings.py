@@ -29,7 +29,9 @@ def drawing_rows(work: Workplace) -> Iterator[Row]:
     wanted = {code: noun for code, noun in tables.emoji().items() if splits[f"fl:{code}"] == "train"}
     for name, package in DRAWN_SETS.items():
         folder = work.unpacked[package] / "package"
-        icons, names, about = (json.loads((folder / f"{one}.json").read_text()) for one in ("icons", "chars", "info"))
+        icons, names, about = (
+            json.loads((folder / f"{one}.json").read_text(encoding="utf-8")) for one in ("icons", "chars", "info")
+        )
         for code, noun in tqdm(wanted.items(), desc=name, unit="picture"):
             called = names.get(code) or names.get(code.replace(ALL_KINDS, ""))
             try:

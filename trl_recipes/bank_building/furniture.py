@@ -87,7 +87,7 @@ def _render(models: list[Model], folder: Path, views: int) -> dict[str, str]:
     # Returns the models that cannot be rendered, and why.
     folder.mkdir(parents=True, exist_ok=True)
     failures = folder / FAILED
-    failed: dict[str, str] = json.loads(failures.read_text()) if failures.is_file() else {}
+    failed: dict[str, str] = json.loads(failures.read_text(encoding="utf-8")) if failures.is_file() else {}
     with tqdm(total=len(models), desc="furniture", unit="model") as bar:
         while waiting := [model for model in models if not _done(folder, model) and model.identifier not in failed]:
             reason = _run_worker(waiting, models, folder, views, bar)
@@ -98,8 +98,8 @@ def _render(models: list[Model], folder: Path, views: int) -> dict[str, str]:
                         f"The renderer does not start: {reason or 'no picture, no message'}. Pass --skip furniture."
                     )
                 continue
-            failed[current.read_text()] = reason
-            failures.write_text(json.dumps(failed, indent=1))
+            failed[current.read_text(encoding="utf-8")] = reason
+            failures.write_text(json.dumps(failed, indent=1), encoding="utf-8")
             current.unlink()
         bar.update(len(models) - bar.n)
     return failed
@@ -112,10 +112,13 @@ def _done(folder: Path, model: Model) -> bool:
 def _run_worker(waiting: list[Model], models: list[Model], folder: Path, views: int, bar: tqdm) -> str | None:
     # Renders until all is done (None) or one model brings the process down (the reason).
     jobs = folder / "jobs.json"
-    jobs.write_text(json.dumps([[one.identifier, str(one.archive), one.file, one.slug, one.turned] for one in waiting]))
+    jobs.write_text(
+        json.dumps([[one.identifier, str(one.archive), one.file, one.slug, one.turned] for one in waiting]),
+        encoding="utf-8",
+    )
     (folder / CURRENT).unlink(missing_ok=True)
     command = [sys.executable, "-m", f"{__package__}.render_models", str(jobs), str(folder), str(views)]
-    with (folder / "renderer.txt").open("w") as said:
+    with (folder / "renderer.txt").open("w", encoding="utf-8") as said:
         worker = subprocess.Popen(command, stdout=said, stderr=said, cwd=Path(__file__).parents[2])
         try:
             number, since = -1, time.monotonic()

@@ -62,12 +62,15 @@ def fetch(package: Package, folder: Path) -> Path:
     if present := package.archive(folder):
         return present
     client = ["apt-get", "download"] if package.registry == "debian" else ["npm", "pack", "--silent"]
-    if not shutil.which(client[0]):
+    program = shutil.which(client[0])
+    if not program:
         raise PackageError(f"{package.name}: {client[0]} is not installed. {_by_hand(package, folder)}")
     folder.mkdir(parents=True, exist_ok=True)
     # A download that is cut off never bears the final name.
     with tempfile.TemporaryDirectory(dir=folder, prefix="partial-") as partial:
-        done = subprocess.run([*client, package.name], cwd=partial, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program, *client[1:], package.name], cwd=partial, capture_output=True, text=True, check=False
+        )
         archive = package.archive(Path(partial))
         if done.returncode or archive is None:
             said = (done.stderr or done.stdout).strip().splitlines()

@@ -153,10 +153,10 @@ def main(arguments: list[str]) -> None:
     jobs, folder, views = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     vtkObject.GlobalWarningDisplayOff()
     parent = os.getppid()
-    for identifier, archive, file, slug, turned in json.loads(jobs.read_text()):
+    for identifier, archive, file, slug, turned in json.loads(jobs.read_text(encoding="utf-8")):
         if os.getppid() != parent:  # whoever started this was killed
             return
-        (folder / CURRENT).write_text(identifier)
+        (folder / CURRENT).write_text(identifier, encoding="utf-8")
         render_job(Path(archive), file, folder / slug, views, turned)
     (folder / CURRENT).unlink(missing_ok=True)
 

@@ -42,7 +42,10 @@ def write_gallery(
         figures = [_figure(scores, samples, store, place[one], value) for one, value in chosen]
         parts.append(f"<h2>{name}</h2>\n<section>\n" + "\n".join(figures) + "\n</section>")
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    path.write_text(f"<!DOCTYPE html>\n<html><head>{head}</head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n")
+    path.write_text(
+        f"<!DOCTYPE html>\n<html><head>{head}</head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n",
+        encoding="utf-8",
+    )
 
 
 def _key(scores: Scores) -> str:
