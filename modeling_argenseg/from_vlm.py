@@ -100,6 +100,7 @@ class FromVLMMixin:
             **config_changes,
         )
         config.text_config.vocab_size = new_size
+        config._attn_implementation = base.config._attn_implementation
         # made in the dtype that it has at the end: a cast would round the rotary frequencies, too
         with local_torch_dtype(base.dtype, cls.__name__), no_init_weights():
             model: Any = cls(config)  # type: ignore[call-arg]
@@ -107,7 +108,6 @@ class FromVLMMixin:
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
         model._copy_weights(base, head, visual_tokenizer, first)
-        model.set_attn_implementation(base.config._attn_implementation)
         for name, parameter in base.named_parameters():
             model.model.vlm.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model.train(base.training)

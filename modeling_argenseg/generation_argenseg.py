@@ -245,7 +245,7 @@ class ARGenSegGenerationMixin(PrefillMixin, DrawingMixin, GenerationMixin):
         # masked before the processors, so that top-k and top-p choose among text
         scores = processors(rows.streams, self._text_scores(logits))
         eos, length = generation_config._eos_token_tensor, rows.prompt_length - rows.padding
-        if eos is not None and generation_config.min_length > length:
+        if eos is not None and (generation_config.min_length or 0) > length:
             # what transformers' own processor counts are columns: text, pictures, and those that a row waited through
             written = generation_config.max_length - length - rows.budget
             is_short = written < generation_config.min_length - length
