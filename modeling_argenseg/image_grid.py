@@ -105,7 +105,7 @@ class ImageGridMixin:
         goes_on = cache is not None and cache.get_seq_length() > 0
         if position_ids is None and goes_on:
             raise ValueError("a stream that goes on needs position_ids: the last of text_positions(all ids, its mask)")
-        if position_ids is not None and attention_mask is None and not goes_on:
+        if position_ids is not None and attention_mask is None and cache is None:
             raise ValueError("packed streams (position_ids without attention_mask) do not go with an image grid")
         if is_image is None:
             return position_ids

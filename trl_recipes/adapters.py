@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import find_adapter_config_file
 
 LANGUAGE_MODEL = r"model\.vlm\.language_model\."
@@ -25,14 +25,14 @@ TARGETS = {
 NEW_MODULES = ("model.scale_embedding", "model.position_embedding")
 
 
-def is_adapter(name: str | Path) -> bool:
+def is_adapter(name: str | Path, revision: str | None = None) -> bool:
     """Whether a folder or Hub repository holds adapters, which need the model that they were trained on."""
-    return find_adapter_config_file(str(name)) is not None
+    return find_adapter_config_file(str(name), revision=revision) is not None
 
 
-def refuse_adapters(name: str | Path) -> None:
+def refuse_adapters(name: str | Path, revision: str | None = None) -> None:
     """Raises ValueError: a folder or Hub repository holds adapters, where a whole model is needed."""
-    if is_adapter(name):
+    if is_adapter(name, revision):
         raise ValueError(
             f"adapters alone; first make a whole model of them: python -m trl_recipes.export --model {name}"
         )
@@ -43,22 +43,47 @@ def is_quantised(model: Any) -> bool:
     return bool(getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "is_quantized", False))
 
 
-def dtype_to_load(name: str, wanted: Any) -> Any:
+def dtype_to_load(name: str, wanted: Any, revision: str | None = None) -> Any:
     """The dtype for `from_pretrained`: as `wanted`, but weights that lie there quantised have theirs already."""
-    return "auto" if getattr(AutoConfig.from_pretrained(name), "quantization_config", None) else wanted
+    config = AutoConfig.from_pretrained(name, revision=revision or "main")
+    return "auto" if getattr(config, "quantization_config", None) else wanted
 
 
-def load_whole(name: str | Path) -> Any:
-    """A model in single precision; of a folder of adapters their base with the adapters worked in.
+def load_whole(name: str | Path) -> tuple[Any, Any]:
+    """A model in single precision, and its processor; of adapters their base with the adapters worked in, with the
+    generation configuration and the processor that lie beside the adapters, if they do.
 
     Raises:
-        ValueError: its weights are quantised, and cannot be had in single precision.
+        ValueError: the base of adapters is not known or not to be had, or weights are quantised and cannot be had in
+            single precision.
     """
-    base = PeftConfig.from_pretrained(str(name)).base_model_name_or_path if is_adapter(name) else name
-    if getattr(AutoConfig.from_pretrained(base), "quantization_config", None):
-        raise ValueError(f"the weights of {base} are quantised: take the model that they were made of")
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(name)).merge_and_unload() if is_adapter(name) else model
+    if not is_adapter(name):
+        return _load_float(str(name)), AutoProcessor.from_pretrained(name)
+    config = PeftConfig.from_pretrained(str(name))
+    base, revision = config.base_model_name_or_path, config.revision or "main"
+    if not base:
+        raise ValueError(
+            "its adapter_config.json does not say what model the adapters are of (base_model_name_or_path)"
+        )
+    try:
+        refuse_adapters(base, revision)
+        model = _load_float(base, revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model that the adapters are of, {base}: {error}") from error
+    model = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+    if Path(name, "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(name))
+    has_processor = Path(name, "processor_config.json").is_file()
+    processor = (
+        AutoProcessor.from_pretrained(name) if has_processor else AutoProcessor.from_pretrained(base, revision=revision)
+    )
+    return model, processor
+
+
+def _load_float(name: str, revision: str = "main") -> Any:
+    if dtype_to_load(name, None, revision) == "auto":
+        raise ValueError(f"the weights of {name} are quantised: take the model that they were made of")
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, revision=revision)
 
 
 @dataclass

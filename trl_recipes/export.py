@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor
 
 import modeling_argenseg  # noqa: F401 (registers the Auto classes)
 
@@ -71,8 +70,7 @@ def export(
     """
     output = Path(output)
     with loading(str(source)):
-        model = load_whole(source)
-        processor = AutoProcessor.from_pretrained(source)
+        model, processor = load_whole(source)
     model.config.visual_tokenizer_config.name_or_path = ""  # no paths of the machine that trained it
     set_picture_options(model, picture_answer_ids=processor.picture_answer_ids)
     if picture_logit_adjustment is not None:

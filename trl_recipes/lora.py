@@ -378,6 +378,9 @@ def merge_adapters(trainer: MaskEvaluation, adapter: Path) -> Path:
         )
     if trainer.is_world_process_zero():
         trainer.processor.save_pretrained(adapter)
+        options = trainer.accelerator.unwrap_model(trainer.model).get_base_model().generation_config
+        options._from_model_config = False  # or options of ours would not be read back
+        options.save_pretrained(adapter)
     PartialState().wait_for_everyone()
     return adapter
 
@@ -387,23 +390,26 @@ def save_merged(adapted: Any, processor: Any, folder: Path) -> Path:
 
     Of several processes the main one writes, and the others wait for it.
     """
-    state = PartialState()
+    state, problem = PartialState(), None
     if state.is_main_process:
-        part = folder.with_name(folder.name + ".part")
+        part, before = (folder.with_name(folder.name + end) for end in (".part", ".before"))
         shutil.rmtree(part, ignore_errors=True)
         model = adapted.merge_and_unload()
         model.save_pretrained(part, save_original_format=False)
         processor.save_pretrained(part)
+        shutil.rmtree(before, ignore_errors=True)
         try:
-            before = folder.with_name(folder.name + ".before")
-            shutil.rmtree(before, ignore_errors=True)
             if folder.exists():
                 folder.replace(before)
             part.replace(folder)
         except OSError as error:  # as on Windows, where another program has it open
-            raise ValueError(f"{folder} cannot be replaced ({error}); the new model is in {part}") from error
+            problem = error
+            if before.exists() and not folder.exists():
+                before.replace(folder)
         shutil.rmtree(before, ignore_errors=True)
     state.wait_for_everyone()
+    if problem is not None:
+        raise ValueError(f"{folder} cannot be replaced ({problem}); the new model is in {part}") from problem
     return folder
 
 

@@ -93,12 +93,14 @@ def load_model(args: ModelConfig) -> tuple[Any, Any]:
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
     quantization = get_quantization_config(args)  # None would hide that of the folder
     with loading(name):
-        refuse_adapters(name)
+        refuse_adapters(name, args.model_revision)
         processor = AutoProcessor.from_pretrained(name, revision=args.model_revision)
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=args.model_revision,
-            dtype=dtype_to_load(name, args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype)),
+            dtype=dtype_to_load(
+                name, args.dtype if args.dtype in (None, "auto") else getattr(torch, args.dtype), args.model_revision
+            ),
             attn_implementation=args.attn_implementation,
             **({} if quantization is None else {"quantization_config": quantization}),
         )
@@ -112,6 +114,7 @@ def adapters(model: Any, args: ModelConfig) -> PeftConfig | None:
     config = get_peft_config(args)
     if config is None:
         return None
+    config.revision = args.model_revision  # of what they are put on
     usual = lora_config(model, args.lora_r, args.lora_alpha, args.lora_dropout, max_share=1.0)
     if config.target_modules is None:
         config.target_modules = usual.target_modules
@@ -198,12 +201,13 @@ def prepare(recipe: SFTMaskArguments, training: SFTConfig, model_args: ModelConf
 
 
 def restore_dtypes(adapted: PeftModel) -> None:
-    """On quantised weights TRL makes bf16 of all that trains. Adapters are to be in single precision, or small updates
-    are lost, and what trains whole as the weights that it stands for."""
+    """On quantised weights TRL makes bf16 of all that trains. Adapters, and rows of new tokens, are to be in single
+    precision, or small updates are lost, and what trains whole as the weights that it stands for."""
     usual = adapted.get_base_model().get_input_embeddings().weight.dtype
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32 if "lora_" in name else usual)
+            is_adapter = "lora_" in name or "token_adapter" in name
+            parameter.data = parameter.data.to(torch.float32 if is_adapter else usual)
 
 
 def tell_sizes(trainer: MaskEvaluation) -> None:

@@ -64,7 +64,9 @@ def whole_adapted(trainer: Trainer, adapter: Path) -> PeftModel | None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.is_fsdp_enabled:
         return model
-    name = model.peft_config[model.active_adapter].base_model_name_or_path
-    base = AutoModelForImageTextToText.from_pretrained(name, dtype=model.get_base_model().dtype)
+    config = model.peft_config[model.active_adapter]
+    base = AutoModelForImageTextToText.from_pretrained(
+        config.base_model_name_or_path, revision=config.revision or "main", dtype=model.get_base_model().dtype
+    )
     base.generation_config = model.get_base_model().generation_config
     return PeftModel.from_pretrained(base, str(adapter))

@@ -73,7 +73,8 @@ class FromVLMMixin:
 
         The ids `<gen_start>`, `<gen_end>` and the codebook follow `first_new_token_id` in this order. New rows of
         the embedding and the head start as the mean of the old ones, projector and embeddings of the queries at
-        zero (as released). Attention, frozen parameters and training mode are those of the model that was given.
+        zero (as released). The attention implementation of the whole, and training mode, are those of the model that
+        was given; nothing but the quantizer is frozen.
 
         Args:
             vlm: path or Hub name of an image-text-to-text model, its configuration (random weights), or the model.
@@ -108,8 +109,6 @@ class FromVLMMixin:
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
         model._copy_weights(base, head, visual_tokenizer, first)
-        for name, parameter in base.named_parameters():
-            model.model.vlm.get_parameter(name).requires_grad_(parameter.requires_grad)
         return model.train(base.training)
 
     @torch.no_grad()

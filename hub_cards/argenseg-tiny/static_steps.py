@@ -119,7 +119,7 @@ class RecordedScales(ScaleGraphs):
     A CUDA graph reads and writes fixed addresses. So there is a `GraphCache` for each shape of cache, which adopts a
     cache before its first scale. What cannot be recorded runs as usual, after a warning. Elsewhere than on a CUDA
     device nothing is recorded, and the pass is run again on the same fixed tensors. Weights that were put elsewhere,
-    and adapters that were switched, are noticed.
+    and adapters that were switched, scaled or merged, are noticed.
 
     Attributes: `graph_caches`, the latest first; `record`, which makes a graph of a function without arguments;
     `compile`, which compiles a function; `calls`, the compiled decoder layer of each (rows, length, columns looked at,
@@ -171,12 +171,20 @@ class RecordedScales(ScaleGraphs):
         return hidden
 
     def _recorded_state(self) -> list[Any]:
-        """What a recording holds fast beside shapes: the addresses of the weights, and which adapters are on."""
+        """What a recording holds fast beside shapes: the addresses of the weights, and the state of their adapters."""
         weights = [weight.data_ptr() for weight in self.language_model.parameters()]
         if weights != self.weights:  # adapters do not come or go without it
             every = self.language_model.modules()
             self.weights, self.adapted = weights, [one for one in every if hasattr(one, "base_layer")]
-        return [*weights, *((one.disable_adapters, tuple(one.active_adapters)) for one in self.adapted)]
+        return weights + [
+            (
+                one.disable_adapters,
+                *one.active_adapters,
+                *getattr(one, "merged_adapters", ()),
+                str(getattr(one, "scaling", "")),
+            )
+            for one in self.adapted
+        ]
 
     def _graph_cache(self, cache: Cache) -> GraphCache:
         graph_cache = next((graph_cache for graph_cache in self.graph_caches if graph_cache.fits(cache)), None)

@@ -74,7 +74,9 @@ class MultiScaleQuantizer(nn.Module):
     def nearest(self, rest_NC: torch.Tensor, scale: int) -> torch.Tensor:
         """Codebook indices (N,) of residual vectors (N, D): least squared distance plus the rate term, if any."""
         codebook = self.embedding.weight
-        price_V = codebook.square().sum(1) - self.rate_weights[scale] * self.log_frequency(scale)
+        price_V = codebook.square().sum(1)
+        if self.rate_weights[scale] > 0:
+            price_V = price_V - (self.rate_weights[scale] * self.log_frequency(scale)).to(price_V.dtype)
         # without the length of the vectors, which is the same for all codes
         return torch.addmm(price_V, rest_NC, codebook.T, alpha=-2).argmin(1)
 

@@ -139,7 +139,7 @@ class VARTokenizer(LoadsReleased, PreTrainedModel):
 
     @torch.no_grad()
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> VARTokenizerOutput:
+    def forward(self, pixel_values: torch.Tensor) -> VARTokenizerOutput:
         """Pictures (B, 3, H, W) in [-1, 1] to visual tokens, and to what is left of the pictures."""
         visual_ids = self.encode(pixel_values)
         return VARTokenizerOutput(reconstruction=self.decode(visual_ids), visual_ids=visual_ids)

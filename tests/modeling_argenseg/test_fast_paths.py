@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tiny import left_padded
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import ABSENT, BOTH, REQUESTS, photograph
@@ -500,6 +501,13 @@ class TestRecorded:
             run(model, alone, **options)
             played.append(set(model._scale_graphs.graph_caches[0].graphs.values()))
         assert played[1] == played[2] and not played[0] & played[1] and not played[1] & played[3]
+        layers = [one for one in model.model.language_model.modules() if isinstance(one, LoraLayer)]
+        for change in (lambda one: one.scale_layer(0.5), lambda one: one.merge()):
+            for layer in layers:
+                change(layer)
+            run(model, alone, **options)
+            played.append(set(model._scale_graphs.graph_caches[0].graphs.values()))
+        assert not played[3] & played[4] and not played[4] & played[5]
 
 
 class FakeCuda:

@@ -238,12 +238,10 @@ def test_the_generation_config_is_taken_over():
 def test_the_state_of_the_vlm_is_taken_over():
     vlm, tokenizer = plain_vlm(tiny.internvl_config()).train(), tiny.visual_tokenizer()
     vlm.set_attn_implementation("eager")
-    vlm.model.vision_tower.requires_grad_(False)
+    vlm.requires_grad_(False)  # as peft leaves a model whose adapters were merged
     net = ARGenSegForConditionalGeneration.from_vlm(vlm, tokenizer)
     assert net.training and net.model.language_model.config._attn_implementation == "eager"
-    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
-    assert trained and not any("vision_tower" in name or "quantizer" in name for name in trained)
-    assert "lm_head.weight" in trained and "model.generation_projector.0.weight" in trained
+    assert all(one.requires_grad == ("quantizer" not in name) for name, one in net.named_parameters())
     assert not ARGenSegForConditionalGeneration.from_vlm(vlm.eval(), tokenizer).training
 
 

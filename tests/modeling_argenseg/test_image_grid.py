@@ -158,6 +158,11 @@ def test_short_cuts_give_the_same_ids(kind: type, scale_attention: str) -> None:
     encoded = net.encode_image(PROMPTS[1], pixel_values=images(1))
     shared = generate(net, inputs, *texts, encoded_image=encoded).sequences
     assert torch.equal(plain, static) and torch.equal(plain, shared)
+    whole = {**left_padded([PROMPTS[1]]), "pixel_values": images(1)}  # not padded: a static cache needs no mask then
+    one_plain, one_static = (
+        generate(net, whole, TEXTS[1], cache_implementation=kind).sequences for kind in (None, "static")
+    )
+    assert torch.equal(one_plain, one_static)
     words = dict(picture_answer_ids=[SURE, GEN_START, DONE, EOS], picture_prefill="always", max_new_tokens=4)
     drafted = net.generate(**inputs, pixel_values=both, do_sample=False, **words)
     begun = left_padded([torch.cat([row, stream(SURE, GEN_START)], dim=1) for row in one])

@@ -15,6 +15,8 @@ import tiny_scenes
 import torch
 import toy
 from adapted import check_what_moved
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,7 +27,7 @@ from trl_recipes.adapters import add_adapters, lora_config
 from trl_recipes.export import set_picture_options
 from trl_recipes.mask_data import MaskCollator, load_mask_data, tokenise_masks
 from trl_recipes.metrics import SegmentationMetrics
-from trl_recipes.tasks.leakage import write_exclusions
+from trl_recipes.tasks.leakage import leave_out, write_exclusions
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 60, 20
@@ -274,7 +276,7 @@ def test_a_merged_model_that_is_in_use_stays_whole(known_folder, tmp_path, monke
     replace = Path.replace
 
     def in_use(self, target):  # as on Windows
-        if self == folder:
+        if self.name == "merged.part":
             raise PermissionError(f"{self} is open")
         return replace(self, target)
 
@@ -319,6 +321,10 @@ def test_held_out_images_of_coco_are_left_out(tmp_path, capsys):
     train, _ = lora.load_data(recipe, seed=0, with_validation=False)
     assert len(train) == 3 and all("000000000009" in name for name in train["image_id"])
     assert f"left out 3 of 6 samples, whose images are in {held_out}" in capsys.readouterr().out
+    names = ("COCO_train2014_000000581857.jpg", "COCO_train2014_000000000009.jpg", "581857.png", None)
+    stored = [{"image": {"path": name, "bytes": b""}} for name in names]  # as a table has them
+    assert len(leave_out(Dataset.from_list(stored, features=Features({"image": ImageFeature()})), held_out)) == 3
+    assert "WARNING: 2 samples are kept whose images have no" in capsys.readouterr().out
     write_exclusions(held_out, {9, 581857}, ["refcoco/val"])
     with pytest.raises(ValueError, match="names every image of the training data"):
         lora.load_data(recipe, seed=0, with_validation=False)

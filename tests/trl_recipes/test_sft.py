@@ -118,7 +118,8 @@ def test_adapters_on_weights_in_half_precision_are_in_single(fresh_folder, data,
     trainer.model.to(torch.bfloat16)
     sft.restore_dtypes(trainer.model)
     trained = {name: one.dtype for name, one in trainer.model.named_parameters() if one.requires_grad}
-    assert {dtype for name, dtype in trained.items() if "lora_" in name} == {torch.float32}
+    for part in ("lora_", "token_adapter"):
+        assert {dtype for name, dtype in trained.items() if part in name} == {torch.float32}
     assert {dtype for name, dtype in trained.items() if "modules_to_save" in name} == {torch.bfloat16}
     folder = sft.train(trainer)
     assert AutoModelForImageTextToText.from_pretrained(folder).dtype == torch.bfloat16
@@ -133,6 +134,16 @@ def test_adapters_can_be_loaded_made_whole_and_not_gone_on_from(with_adapters, t
     whole = AutoModelForImageTextToText.from_pretrained(export(with_adapters, tmp_path / "whole"))
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(whole.state_dict()[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+    bare = shutil.copytree(
+        with_adapters, tmp_path / "bare", ignore=shutil.ignore_patterns("processor*", "merged", "check*")
+    )
+    again = AutoModelForImageTextToText.from_pretrained(export(bare, tmp_path / "again"))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    config = json.loads((bare / "adapter_config.json").read_text())
+    for base, message in ((None, "does not say what model"), ("gone", "the model that the adapters are of, gone")):
+        (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=message):
+            export(bare, tmp_path / "none")
     with pytest.raises(SystemExit, match="adapters alone; first make a whole model of them"):
         sft.main(trl_command("sft_full", with_adapters, data, tmp_path / "out"))
     with pytest.raises(ValueError, match="adapters alone; first make a whole model of them"):
@@ -143,8 +154,11 @@ def test_adapters_on_quantised_weights_are_left_as_they_are(toy_folder, data, tm
     quick = {"max_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     trainer = prepared(trl_command("sft_lora", toy_folder, data, tmp_path / "out", **quick))
     trainer.model.get_base_model().is_quantized = True
+    trainer.model.get_base_model().generation_config.picture_logit_adjustment = 0.7
     folder = sft.train(trainer)
     report(trainer, folder)
+    whole = AutoModelForImageTextToText.from_pretrained(export(folder, tmp_path / "whole"))
+    assert whole.generation_config.picture_logit_adjustment == 0.7
     assert folder == tmp_path / "out" and not (folder / "merged").exists()
     assert f"python -m trl_recipes.export --model {folder} --output {folder}-whole" in capsys.readouterr().out
 

@@ -84,7 +84,7 @@ def leave_out(rows: "Dataset", path: Path, progress: bool = True) -> "Dataset":
     if not path.is_file():
         raise ValueError(f"--leave_out: there is no file {str(path)!r}; `trl_recipes.tasks leakage` writes one")
     held_out = read_exclusions(path)
-    names = [FILE_NAME.search(Path(name).name) for name in rows["image_id"]]
+    names = [FILE_NAME.search(name) for name in _file_names(rows)]
     if not any(names):
         raise ValueError(
             "--leave_out: no image has a file name of COCO (twelve digits and .jpg), so none can be told from the list"
@@ -94,7 +94,17 @@ def leave_out(rows: "Dataset", path: Path, progress: bool = True) -> "Dataset":
         raise ValueError(f"--leave_out: {path} names every image of the training data")
     if progress:
         print(f"left out {len(rows) - len(kept)} of {len(rows)} samples, whose images are in {path}")
+        if nameless := names.count(None):
+            print(f"WARNING: {nameless} samples are kept whose images have no file name of COCO, which says nothing")
     return rows.select(kept)
+
+
+def _file_names(rows: "Dataset") -> list[str]:
+    """The name of each row's image file, or of what it was in a table; empty where it has none."""
+    from datasets import Image  # which no other task needs
+
+    stored = rows.select_columns("image").cast_column("image", Image(decode=False))
+    return [Path(one["image"]["path"] or "").name for one in stored]
 
 
 def find_leaks(training_file: Path, held_out: set[int]) -> set[int]:

@@ -140,12 +140,16 @@ def read_masks(source: Source) -> Samples:
     from ..mask_data.mask_values import union_of
 
     data, split = (source.root, source.split) if source.format == "split" else (source.root, "train")
+    if (source.root / "dataset_dict.json").is_file() and source.format != "split":
+        found = json.loads((source.root / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise ValueError(f"{source.root} has the splits {', '.join(found)}, but no {source.split}: give the --split")
     if source.format == "file":
         data = source.file()
-        if len(source.files[0]) > 1 or any(data.stem in names for names in SPLIT_NAMES.values()):
+        kind = data.stem.partition("-")[0]  # of train-00000-of-00001, too
+        if len(source.files[0]) > 1 or any(kind in names for names in SPLIT_NAMES.values()):
             names = ", ".join(path.name for path in source.files[0])
             raise ValueError(
-                f"{source.root} holds {names}, but no {source.split}.jsonl or .json: give the --split, or call it so"
+                f"{source.root} holds {names}, but no {source.split}{data.suffix}: give the --split, or call it so"
             )
     given = dict(source.options, columns=str(source.options["columns"] or "").split())
     if source.images != source.root:

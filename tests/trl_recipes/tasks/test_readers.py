@@ -223,7 +223,7 @@ def test_ones_own_masks_in_tables(tmp_path, kind):
     elif kind == "saved splits":
         DatasetDict(train=table.select([0]), test=table).save_to_disk(folder)
     else:
-        path = folder / ("test" if kind == "parquet split" else "") / "0001.parquet"
+        path = folder / ("test" if kind == "parquet split" else "") / "all.parquet"
         path.parent.mkdir(parents=True)
         table.to_parquet(path)
     with pytest.raises(ValueError, match="no column 'image' among .*; name it by --columns"):
@@ -232,6 +232,19 @@ def test_ones_own_masks_in_tables(tmp_path, kind):
     assert [sample.text for sample in samples] == ["the thing"] * 2
     assert np.array_equal(samples[1].load_mask(), own_masks.masks()["disc"])
     assert samples[0].load_image().tobytes() == own_masks.photograph(0).tobytes()
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train-00000-of-00001.parquet", "saved"])
+def test_tables_of_another_split_are_not_asked(tmp_path, name):
+    row = {"image": own_masks.photograph(0), "mask": Image.fromarray(own_masks.masks()["disc"]), "prompt": "the disc"}
+    table = Dataset.from_list([row])
+    if name == "saved":
+        DatasetDict(train=table, validation=table).save_to_disk(tmp_path)
+    else:
+        table.to_parquet(tmp_path / name)
+    message = "has the splits train, validation, but no test" if name == "saved" else "but no test.parquet: give the"
+    with pytest.raises(ValueError, match=message):
+        read("masks", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_ones_own_masks_by_splits(tmp_path):
     path.with_name("train.jsonl").write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert len(read("masks", path.parent)) == 6 and len(read("masks", path.parent, split="train")) == 2
     path.unlink()
-    with pytest.raises(ValueError, match="holds train.jsonl, but no test.jsonl or .json: give the --split"):
+    with pytest.raises(ValueError, match="holds train.jsonl, but no test.jsonl: give the --split"):
         read("masks", path.parent)
     with pytest.raises(ValueError, match="is a conversation"):
         read("masks", own_masks.as_conversations(tmp_path / "talk").parent)
