@@ -15,12 +15,15 @@ finished mask. The first prompt also pays for what is set up only once.
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: beside other work, threads that spin make it crawl
 
 import numpy as np
 import torch
