@@ -95,7 +95,8 @@ def leave_out(rows: "Dataset", path: Path, progress: bool = True) -> "Dataset":
     if progress:
         print(f"left out {len(rows) - len(kept)} of {len(rows)} samples, whose images are in {path}")
         if nameless := names.count(None):
-            print(f"WARNING: {nameless} samples are kept whose images have no file name of COCO, which says nothing")
+            unknown = "have no file name of COCO: nothing tells whether the list names them"
+            print(f"WARNING: {nameless} samples are kept whose images {unknown}")
     return rows.select(kept)
 
 
