@@ -38,9 +38,19 @@ def refuse_adapters(name: str | Path, revision: str | None = None) -> None:
         )
 
 
+def without_adapters(model: Any) -> Any:
+    """The model under its adapters, or itself if it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def is_quantised(model: Any) -> bool:
     """Whether the weights under the adapters, if it has any, are packed into few bits."""
-    return bool(getattr(model.get_base_model() if isinstance(model, PeftModel) else model, "is_quantized", False))
+    return bool(getattr(without_adapters(model), "is_quantized", False))
+
+
+def known_everywhere(name: str) -> str:
+    """A folder by its whole path, since adapters remember what they are of; a Hub name as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def dtype_to_load(name: str, wanted: Any, revision: str | None = None) -> Any:
@@ -49,41 +59,48 @@ def dtype_to_load(name: str, wanted: Any, revision: str | None = None) -> Any:
     return "auto" if getattr(config, "quantization_config", None) else wanted
 
 
-def load_whole(name: str | Path) -> tuple[Any, Any]:
-    """A model in single precision, and its processor; of adapters their base with the adapters worked in, with the
-    generation configuration and the processor that lie beside the adapters, if they do.
+def load_adapted(folder: str | Path, dtype: torch.dtype) -> PeftModel:
+    """The base that adapters name, loaded in a dtype, with them on it.
 
     Raises:
-        ValueError: the base of adapters is not known or not to be had, or weights are quantised and cannot be had in
-            single precision.
+        ValueError: the base is not known or not to be had, or its weights are quantised and have no such dtype.
     """
-    if not is_adapter(name):
-        return _load_float(str(name)), AutoProcessor.from_pretrained(name)
-    config = PeftConfig.from_pretrained(str(name))
-    base, revision = config.base_model_name_or_path, config.revision or "main"
+    config = PeftConfig.from_pretrained(str(folder))
+    base = config.base_model_name_or_path
     if not base:
         raise ValueError(
             "its adapter_config.json does not say what model the adapters are of (base_model_name_or_path)"
         )
     try:
-        refuse_adapters(base, revision)
-        model = _load_float(base, revision)
+        refuse_adapters(base, config.revision)
+        model = _load(base, dtype, config.revision)
     except (OSError, ValueError) as error:
         raise ValueError(f"the model that the adapters are of, {base}: {error}") from error
-    model = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+    return PeftModel.from_pretrained(model, str(folder))
+
+
+def load_whole(name: str | Path) -> tuple[Any, Any]:
+    """A model in single precision, and its processor; of adapters their base with the adapters worked in, with the
+    generation configuration and the processor that lie beside the adapters, if they do.
+
+    Raises:
+        ValueError: see `load_adapted`; or the weights are quantised.
+    """
+    if not is_adapter(name):
+        return _load(str(name), torch.float32), AutoProcessor.from_pretrained(name)
+    adapted = load_adapted(name, torch.float32)
+    config, model = adapted.active_peft_config, adapted.merge_and_unload()
     if Path(name, "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(name))
-    has_processor = Path(name, "processor_config.json").is_file()
-    processor = (
-        AutoProcessor.from_pretrained(name) if has_processor else AutoProcessor.from_pretrained(base, revision=revision)
-    )
-    return model, processor
+    if Path(name, "processor_config.json").is_file():
+        return model, AutoProcessor.from_pretrained(name)
+    return model, AutoProcessor.from_pretrained(config.base_model_name_or_path, revision=config.revision or "main")
 
 
-def _load_float(name: str, revision: str = "main") -> Any:
-    if dtype_to_load(name, None, revision) == "auto":
+def _load(name: str, dtype: torch.dtype, revision: str | None = None) -> Any:
+    if dtype_to_load(name, dtype, revision) != dtype:
         raise ValueError(f"the weights of {name} are quantised: take the model that they were made of")
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, revision=revision)
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision or "main")
 
 
 @dataclass

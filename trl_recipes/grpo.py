@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from transformers import GenerationConfig
 
 from processing.zoom import generate_option
 
+from .adapters import without_adapters
 from .command_line import needing
 from .evaluation.answers import union
 from .lora import MaskEvaluation, evaluates, load_data
@@ -80,8 +80,7 @@ class MaskGRPOTrainer(MaskEvaluation, GRPOTrainer):
 
     def _own_model(self, model: Any) -> Any:
         """Without what trainer and adapters put around it."""
-        net = self.accelerator.unwrap_model(model)
-        return net.get_base_model() if isinstance(net, PeftModel) else net
+        return without_adapters(self.accelerator.unwrap_model(model))
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         net = self._own_model(self.model)

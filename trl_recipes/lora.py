@@ -29,7 +29,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import modeling_argenseg  # registers the Auto classes
 
-from .adapters import AdapterSizes, add_adapters, dtype_to_load, is_adapter, is_quantised, lora_config, refuse_adapters
+from .adapters import (
+    AdapterSizes,
+    add_adapters,
+    dtype_to_load,
+    is_adapter,
+    is_quantised,
+    known_everywhere,
+    lora_config,
+    refuse_adapters,
+    without_adapters,
+)
 from .command_line import errors_in_a_line, loading
 from .drawing_trainer import DrawingEvaluation, DrawingTrainer
 from .export import set_picture_options
@@ -172,8 +182,7 @@ def load_model(recipe: LoraArguments, on_cpu: bool) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no such model, it is of another kind, or without its visual tokenizer.
     """
-    # from everywhere: adapters remember what they are of
-    name = str(Path(recipe.model).resolve()) if Path(recipe.model).is_dir() else recipe.model
+    name = known_everywhere(recipe.model)
     with loading(recipe.model):
         refuse_adapters(name)
         processor = AutoProcessor.from_pretrained(name)
@@ -378,7 +387,7 @@ def merge_adapters(trainer: MaskEvaluation, adapter: Path) -> Path:
         )
     if trainer.is_world_process_zero():
         trainer.processor.save_pretrained(adapter)
-        options = trainer.accelerator.unwrap_model(trainer.model).get_base_model().generation_config
+        options = without_adapters(trainer.accelerator.unwrap_model(trainer.model)).generation_config
         options._from_model_config = False  # or options of ours would not be read back
         options.save_pretrained(adapter)
     PartialState().wait_for_everyone()

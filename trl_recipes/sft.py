@@ -30,7 +30,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
-from .adapters import dtype_to_load, is_quantised, lora_config, refuse_adapters
+from .adapters import dtype_to_load, is_quantised, known_everywhere, lora_config, refuse_adapters
 from .command_line import errors_in_a_line, loading, needing
 from .lora import (
     MaskEvaluation,
@@ -89,8 +89,7 @@ def load_model(args: ModelConfig) -> tuple[Any, Any]:
     name = args.model_name_or_path
     if name is None:
         raise ValueError("which model? Give --model_name_or_path, a folder or a Hub name")
-    # from everywhere: adapters remember what they are of
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    name = known_everywhere(name)
     quantization = get_quantization_config(args)  # None would hide that of the folder
     with loading(name):
         refuse_adapters(name, args.model_revision)

@@ -7,8 +7,10 @@ every process has to run every module equally often there, and how often the hea
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, Trainer
+from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .adapters import load_adapted, without_adapters
 
 WITHOUT_DRAWING = "--eval_strategy no --load_best_model_at_end False, and measure afterwards by trl_recipes.evaluate"
 
@@ -37,9 +39,8 @@ def adjust_fsdp(trainer: Trainer, evaluates: bool) -> None:
         raise ValueError(f"FSDP1 cannot draw masks to evaluate: set fsdp_version: 2, or give {WITHOUT_DRAWING}")
     if plugin.fsdp_version == 2 and plugin.cpu_ram_efficient_loading:
         raise ValueError("fsdp_cpu_ram_efficient_loading takes no model with parts that stay whole: set it to false")
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    plugin.ignored_modules = [base.model.quantizer]
+    model = without_adapters(trainer.accelerator.unwrap_model(trainer.model))
+    plugin.ignored_modules = [model.model.quantizer]
 
 
 def save_whole(trainer: Trainer, folder: Path) -> None:
@@ -64,9 +65,6 @@ def whole_adapted(trainer: Trainer, adapter: Path) -> PeftModel | None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.is_fsdp_enabled:
         return model
-    config = model.peft_config[model.active_adapter]
-    base = AutoModelForImageTextToText.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision or "main", dtype=model.get_base_model().dtype
-    )
-    base.generation_config = model.get_base_model().generation_config
-    return PeftModel.from_pretrained(base, str(adapter))
+    adapted = load_adapted(adapter, model.get_base_model().dtype)
+    adapted.get_base_model().generation_config = model.get_base_model().generation_config
+    return adapted

@@ -4,7 +4,6 @@ Shapes: B rows asked for, R rows run (2 B under guidance), V codebook entries, m
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -186,9 +185,8 @@ class DrawingMixin:
 
     def _picture_score(self, logprobs: torch.Tensor) -> float:
         """Score of a picture, or of its first whole scales, from the log-probabilities (t,) of its tokens."""
-        ends = accumulate(self.config.scale_sizes)
-        sizes = [size for size, end in zip(self.config.scale_sizes, ends, strict=True) if end <= len(logprobs)]
-        return float(torch.stack([scale.mean() for scale in logprobs.split(sizes)]).mean().exp())
+        scales = self.model.quantizer.split(logprobs[None])
+        return float(torch.stack([scale.mean() for scale in scales]).mean().exp())
 
 
 def _picture_warpers(generation_config: GenerationConfig) -> LogitsProcessorList:

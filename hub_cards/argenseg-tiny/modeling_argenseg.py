@@ -205,10 +205,11 @@ class ARGenSegModel(ImageGridMixin, ARGenSegPreTrainedModel):
     def _with_unused_parts(self, embeds: torch.Tensor) -> torch.Tensor:
         """The same embeddings. In training by several processes the parts that make queries get a gradient of zero from
         them: sharded training wants one of every parameter on every rank, also where a batch has no picture."""
-        parts = (self.generation_projector, self.scale_embedding, self.position_embedding)
-        trained = any(one.requires_grad for part in parts for one in part.parameters())
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not (several and self.training and trained and torch.is_grad_enabled()):
+        if not (several and self.training and torch.is_grad_enabled()):
+            return embeds
+        parts = (self.generation_projector, self.scale_embedding, self.position_embedding)
+        if not any(one.requires_grad for part in parts for one in part.parameters()):
             return embeds
         nothing = embeds.new_zeros(1, 1, self.config.visual_tokenizer_config.latent_channels)
         return embeds + (self.embed_queries(nothing, 0, 0) * 0.0).sum().to(embeds.dtype)
